@@ -43,9 +43,7 @@ class Activation:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(
-                f"unknown activation {self.kind!r}; choose one of {', '.join([*KINDS, 'relu6'])}"
-            )
+            raise ValueError(f"unknown activation {self.kind!r}; choose one of {', '.join([*KINDS, 'relu6'])}")
         names = KINDS[self.kind]
         if len(self.parameters) != len(names):
             raise ValueError(f"activation {self.kind!r} takes the parameters {names}, got {self.parameters}")
@@ -53,9 +51,7 @@ class Activation:
         if self.kind == "clamp" and not self.parameters[0] < self.parameters[1]:
             raise ValueError(f"clamp needs low < high, got {self.parameters}")
         if self.kind == "leaky_relu" and not self.parameters[0] > 0:
-            raise ValueError(
-                f"leaky_relu needs a positive negative_slope, got {self.parameters[0]}; 0 is 'relu'"
-            )
+            raise ValueError(f"leaky_relu needs a positive negative_slope, got {self.parameters[0]}; 0 is 'relu'")
 
     def __str__(self) -> str:
         return f"{self.kind}({', '.join(map(str, self.parameters))})" if self.parameters else self.kind

@@ -116,13 +116,9 @@ def normalize(
 
 def _check(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> None:
     if not input.is_floating_point():
-        raise TypeError(
-            f"batch normalization needs a floating input, got {input.dtype}; call .float() on it first"
-        )
+        raise TypeError(f"batch normalization needs a floating input, got {input.dtype}; call .float() on it first")
     if input.ndim < 2:
-        raise ValueError(
-            f"batch normalization needs an (N, C, *spatial) input, got shape {tuple(input.shape)}"
-        )
+        raise ValueError(f"batch normalization needs an (N, C, *spatial) input, got shape {tuple(input.shape)}")
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and parameter.shape != (input.shape[1],):
             raise ValueError(

@@ -134,9 +134,7 @@ class _Sampling(Statistics):
             raise ValueError(f"{type(self).__name__}: fraction must lie in (0, 1], got {self.fraction!r}")
         object.__setattr__(self, "fraction", float(self.fraction))
         if not isinstance(self.minimum, int) or self.minimum < 1:
-            raise ValueError(
-                f"{type(self).__name__}: minimum must be a positive integer, got {self.minimum!r}"
-            )
+            raise ValueError(f"{type(self).__name__}: minimum must be a positive integer, got {self.minimum!r}")
 
     def _spell(self, name: str, *options: str) -> str:
         fraction = Fraction(self.fraction).limit_denominator(100_000)
@@ -198,9 +196,7 @@ class _SpatialSampling(_Sampling):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.position not in ("fixed", "step"):
-            raise ValueError(
-                f"{type(self).__name__}: position must be 'fixed' or 'step', got {self.position!r}"
-            )
+            raise ValueError(f"{type(self).__name__}: position must be 'fixed' or 'step', got {self.position!r}")
 
     def _step(self, size: int, count: int) -> int:
         raise NotImplementedError
@@ -296,9 +292,7 @@ class VirtualDataset(Statistics):
         if not isinstance(self.samples, int) or isinstance(self.samples, bool) or self.samples < 1:
             raise ValueError(f"VirtualDataset: samples must be a positive integer, got {self.samples!r}")
         if self.distribution not in DISTRIBUTIONS:
-            raise ValueError(
-                f"VirtualDataset: distribution must be one of {DISTRIBUTIONS}, got {self.distribution!r}"
-            )
+            raise ValueError(f"VirtualDataset: distribution must be one of {DISTRIBUTIONS}, got {self.distribution!r}")
 
     @property
     def virtual(self) -> int:
@@ -311,9 +305,7 @@ class VirtualDataset(Statistics):
         return (((sizes[0] - self.samples, 1, self.samples, 1, *_whole(sizes[1:])), 1.0),)
 
     def __str__(self) -> str:
-        options = [self.distribution] * (self.distribution != "normal") + [
-            "between_steps"
-        ] * self.between_steps
+        options = [self.distribution] * (self.distribution != "normal") + ["between_steps"] * self.between_steps
         return f"vdn:{self.samples}" + ("@" + ",".join(options) if options else "")
 
 
@@ -335,9 +327,7 @@ class WeightedSum(Statistics):
         if len(self.sources) < 2 or not all(isinstance(source, Statistics) for source in self.sources):
             raise ValueError(f"WeightedSum needs two or more sources, got {self.sources!r}")
         if any(isinstance(source, WeightedSum) for source in self.sources):
-            raise ValueError(
-                "WeightedSum takes plain sources; give all of them, with their weights, in one sum"
-            )
+            raise ValueError("WeightedSum takes plain sources; give all of them, with their weights, in one sum")
         if sum(source.virtual > 0 for source in self.sources) > 1:
             raise ValueError("WeightedSum takes one VirtualDataset at most; add up their samples instead")
         weights = tuple(self.weights) or (1.0,) * len(self.sources)
@@ -368,16 +358,12 @@ class WeightedSum(Statistics):
     def __str__(self) -> str:
         if all(weight == self.weights[0] for weight in self.weights):
             return "+".join(map(str, self.sources))
-        return "+".join(
-            f"{weight!r}*{source}" for source, weight in zip(self.sources, self.weights, strict=True)
-        )
+        return "+".join(f"{weight!r}*{source}" for source, weight in zip(self.sources, self.weights, strict=True))
 
 
 def _summands(source: Statistics) -> tuple[Statistics, ...]:
     if not isinstance(source, WeightedSum):
         return (source,)
     if any(weight != source.weights[0] for weight in source.weights):
-        raise ValueError(
-            f"cannot add to a sum with unequal weights, {source}; build one WeightedSum with all weights"
-        )
+        raise ValueError(f"cannot add to a sum with unequal weights, {source}; build one WeightedSum with all weights")
     return source.sources

@@ -20,9 +20,7 @@ def _like(x: Tensor, value: Tensor) -> Tensor:
 
 
 def _batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters):
-    y, mean, var = definition.batch_norm(
-        x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters
-    )
+    y, mean, var = definition.batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters)
     return _like(x, y), mean, var
 
 
@@ -35,9 +33,7 @@ def _scale(var: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return rstd if weight is None else rstd * weight.to(var.dtype)
 
 
-def _gradient(
-    dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters
-) -> tuple[Tensor, Tensor]:
+def _gradient(dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters) -> tuple[Tensor, Tensor]:
     """Give g = dy act'(z) and xhat in the accumulation dtype."""
     dtype = mean.dtype
     xhat = (x.to(dtype) - per_channel(mean, x)) * per_channel(torch.rsqrt(var + eps), x)
@@ -57,12 +53,8 @@ def _sums(g: Tensor, xhat: Tensor) -> tuple[Tensor, Tensor]:
     return (g * xhat).sum(dimensions), g.sum(dimensions)
 
 
-def _exact_dx(
-    g: Tensor, xhat: Tensor, scale: Tensor, sum_g_xhat: Tensor, sum_g: Tensor, count: Tensor | int
-) -> Tensor:
-    return per_channel(scale, g) * (
-        g - per_channel(sum_g / count, g) - xhat * per_channel(sum_g_xhat / count, g)
-    )
+def _exact_dx(g: Tensor, xhat: Tensor, scale: Tensor, sum_g_xhat: Tensor, sum_g: Tensor, count: Tensor | int) -> Tensor:
+    return per_channel(scale, g) * (g - per_channel(sum_g / count, g) - xhat * per_channel(sum_g_xhat / count, g))
 
 
 def _correct_(
@@ -139,9 +131,7 @@ def _backward_apply(
     return _like(x, dx), _like(x, g) if residual_gradient else x.new_empty(0)
 
 
-def _backward_fused(
-    dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters, residual_gradient
-):
+def _backward_fused(dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters, residual_gradient):
     g, xhat = _gradient(dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters)
     dx = per_channel(_scale(var, weight, eps), x) * g
     return _like(x, dx), *_sums(g, xhat), _like(x, g) if residual_gradient else x.new_empty(0)

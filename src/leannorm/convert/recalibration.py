@@ -83,9 +83,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, limit: int = 200) -
             continue
         layer.running_mean.copy_(pool.mean)
         layer.running_var.copy_(pool.squares / (pool.count - 1))
-        changes.append(
-            Change(name, f"running statistics of {pool.count} elements a channel in {seen} batches")
-        )
+        changes.append(Change(name, f"running statistics of {pool.count} elements a channel in {seen} batches"))
     return TransformReport(tuple(changes), tuple(refusals))
 
 
@@ -104,9 +102,7 @@ def _layers(model: nn.Module) -> tuple[dict[str, _BatchNorm], list[Refusal]]:
 
 
 @contextmanager
-def _batch_statistics(
-    model: nn.Module, layers: dict[str, _BatchNorm], pools: dict[str, _Pool]
-) -> Iterator[None]:
+def _batch_statistics(model: nn.Module, layers: dict[str, _BatchNorm], pools: dict[str, _Pool]) -> Iterator[None]:
     """Set the modes, and let each layer's running statistics be the last batch's, which a hook then pools."""
     modes = {module: module.training for module in model.modules()}
     momenta = {layer: (layer.momentum, layer.num_batches_tracked.clone()) for layer in layers.values()}
@@ -140,9 +136,7 @@ def _batch_statistics(
 
 
 def _is_entry(module: nn.Module) -> bool:
-    return any(
-        isinstance(getattr(h, "__self__", None), VirtualEntry) for h in module._forward_pre_hooks.values()
-    )
+    return any(isinstance(getattr(h, "__self__", None), VirtualEntry) for h in module._forward_pre_hooks.values())
 
 
 def _call(model: nn.Module, batch: Any) -> None:

@@ -106,9 +106,7 @@ def revert(model: M) -> tuple[M, TransformReport]:
         if not isinstance(module, SampledBatchNorm):
             continue
         if module.activation is not None and "original_class" not in module.__dict__:
-            refusals.append(
-                Refusal(name, f"it applies {module.activation}, which no plain torch BN layer does")
-            )
+            refusals.append(Refusal(name, f"it applies {module.activation}, which no plain torch BN layer does"))
             continue
         note = " (no longer frozen)" if module.frozen else ""
         abandon(module)

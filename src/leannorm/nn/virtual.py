@@ -35,16 +35,12 @@ class VirtualEntry:
         model.register_forward_pre_hook(self.append, with_kwargs=True)
         model.register_forward_hook(self.strip, always_call=True)
 
-    def append(
-        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]] | None:
+    def append(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Extend the batch."""
         self.mark.rows = None
         if not module.training:
             return None
-        tensors = [
-            leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim > 0
-        ]
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim > 0]
         batch = next((t.shape[0] for t in tensors if t.is_floating_point() and t.ndim > 1), None)
         if batch is None:
             raise ValueError(

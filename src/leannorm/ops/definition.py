@@ -100,9 +100,7 @@ def indices(x: Tensor, draw: Tensor | None, boxes: Sequence[int], *, read_draw: 
         yield tuple(index)
 
 
-def moments(
-    x: Tensor, draw: Tensor | None, boxes: Sequence[int], weights: Sequence[float]
-) -> tuple[Tensor, Tensor]:
+def moments(x: Tensor, draw: Tensor | None, boxes: Sequence[int], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of the mixture of the regions; zeros for an empty tensor."""
     dtype, dimensions = accumulation_dtype(x.dtype), reduced_dimensions(x)
     if x.numel() == 0:
