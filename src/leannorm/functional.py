@@ -59,8 +59,8 @@ def batch_norm(
     regions = statistics.regions(input.shape) if isinstance(statistics, Statistics) else statistics
     if regions.inverse_count >= 1 and input.numel() > 0:
         raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}: the variance of "
-            "one element is 0. Use GroupNorm, batch renormalization, or virtual samples "
+            f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}: the variance "
+            "of one element is 0. Use GroupNorm, batch renormalization, or virtual samples "
             "(leannorm.convert(model, leannorm.VirtualDataset(1))), or a larger batch"
         )
     draw = None

@@ -1,7 +1,7 @@
 """Frozen results that leannorm's commands produce: plain data, JSON in and out, no logic.
 
-Every record is a frozen dataclass whose fields are strings, numbers, booleans, None, records, or tuples of these, so that
-``from_json(cls, to_json(record)) == record`` holds for all of them.
+Every record is a frozen dataclass whose fields are strings, numbers, booleans, None, records, or tuples of these, so
+that ``from_json(cls, to_json(record)) == record`` holds for all of them.
 """
 
 from __future__ import annotations
@@ -201,5 +201,5 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not hint:
-        raise ValueError(f"{where}: expected {hint.__name__}, got {value!r}")
+        raise ValueError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
     return value

@@ -36,7 +36,7 @@ def freeze(model: M) -> tuple[M, TransformReport]:
             continue
         if not layer.frozen:
             layer.frozen = True
-            layer.plain_before_freeze = plain
+            layer.__dict__["plain_before_freeze"] = plain
             layer.eval()
             changes.append(Change(name, "frozen"))
     return model, TransformReport(tuple(changes), tuple(refusals))
