@@ -21,7 +21,7 @@ from leannorm.train.data import ImageData, open_data
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint to a temporary name beside its place and renames it: a killed run leaves the old one whole."""
+    """Writes a checkpoint to a temporary name beside its own and renames it: a killed run leaves the old one whole."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint, safe on disk when this returns."""
@@ -85,8 +85,9 @@ def open_data_of(path: str | Path, data: str | None = None, *, batch_size: int, 
         ValueError: as `load` and `open_data`, and if the data have other classes or shapes than the training data.
     """
     configuration = Configuration.from_plain(read(path)["hyper_parameters"])
+    data = configuration.data if data is None else data
     opened = open_data(
-        data or configuration.data,
+        data,
         batch_size=batch_size,
         seed=configuration.seed,
         workers=workers,

@@ -71,9 +71,7 @@ class ImageData(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Load all validation images in a fixed order."""
-        return DataLoader(
-            self._validation, self._batch_size, num_workers=self._workers, generator=torch.Generator()
-        )
+        return DataLoader(self._validation, self._batch_size, num_workers=self._workers, generator=torch.Generator())
 
 
 def open_data(
@@ -87,8 +85,8 @@ def open_data(
 ) -> ImageData:
     """Open image data by its spelling.
 
-    A folder holds either `train/CLASS/` and `val/CLASS/`, or class folders directly; of these, as of the digits, a fifth
-    of each class is held out for validation: the same images for every seed.
+    A folder holds either `train/CLASS/` and `val/CLASS/`, or class folders directly; of these, as of the digits, a
+    fifth of each class is held out for validation: the same images for every seed.
 
     Args:
         spec: `digits` (scikit-learn's 1,797 images of 1x8x8) or the path of a folder (3 channels).
@@ -133,7 +131,8 @@ def _reader(image_size: int | None, preprocessing: Preprocessing | None) -> Imag
 
 
 def _digits() -> Folder:
-    digits = load_digits()
-    images = TensorDataset(torch.from_numpy(digits.images).float()[:, None] / 16, torch.from_numpy(digits.target))
-    training, validation = stratified_split(digits.target.tolist())
-    return Folder(tuple(map(str, digits.target_names)), Subset(images, training), Subset(images, validation))
+    pixels, labels = load_digits(return_X_y=True)
+    images = TensorDataset(torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 16, torch.from_numpy(labels))
+    training, validation = stratified_split(labels.tolist())
+    classes = tuple(str(digit) for digit in range(10))
+    return Folder(classes, Subset(images, training), Subset(images, validation))

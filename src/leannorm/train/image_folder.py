@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,7 +13,11 @@ from torch.utils.data import Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import functional as transforms
 
-from leannorm.train.pipeline import Images
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from leannorm.train.pipeline import Images
 
 VALIDATION_SHARE = 0.2
 SIZES_READ = 256
@@ -51,7 +54,7 @@ class ImageReader:
         elif tuple(image.shape[1:]) != self.size:
             height, width = image.shape[1:]
             raise ValueError(
-                f"{path} is {width}x{height} pixels, the images before it {self.size[1]}x{self.size[0]}: "
+                f"{path} is {width}x{height} pixels, expected {self.size[1]}x{self.size[0]}: "
                 "give --image-size to resize all of them"
             )
         return image.to(torch.float32) / 255

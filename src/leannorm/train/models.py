@@ -8,20 +8,21 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable
 from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, FileFinder
 from pathlib import Path
-from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from leannorm.train import resnet
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from types import ModuleType
+
 BUILT_IN: dict[str, Callable[..., nn.Module]] = {"resnet8": resnet.resnet8, "resnet20": resnet.resnet20}
-SPELLINGS = (
-    f"{', '.join(BUILT_IN)}, torchvision:NAME, timm:NAME, package.module:factory or path/to/file.py:factory"
-)
+SPELLINGS = f"{', '.join(BUILT_IN)}, torchvision:NAME, timm:NAME, package.module:factory or path/to/file.py:factory"
 
 # A library object takes its schemas back when it is collected.
 _schemas: list[torch.library.Library] = []

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as L
 import torch.nn.functional as F
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 
-from leannorm.train.configuration import Configuration
 from leannorm.train.pipeline import stream
+
+if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+
+    from leannorm.train.configuration import Configuration
 
 Batch = tuple[Tensor, Tensor]
 
@@ -41,7 +45,7 @@ class ImageClassifier(L.LightningModule):
         images, labels = batch
         loss = F.cross_entropy(self.model(images), labels)
         self.log("training_loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(labels))
-        (learning_rate,) = {group["lr"] for group in self.optimizers(use_pl_optimizer=False).param_groups}
+        (learning_rate,) = {group["lr"] for group in self.trainer.optimizers[0].param_groups}
         self.log("learning_rate", learning_rate, on_step=True, batch_size=len(labels))
         return loss
 
@@ -50,7 +54,7 @@ class ImageClassifier(L.LightningModule):
         images, labels = batch
         logits = self.model(images)
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
-        self.log("validation_loss", F.cross_entropy(logits, labels), prog_bar=True, batch_size=len(labels))
+        self.log("validation_loss", F.cross_entropy(logits, labels), batch_size=len(labels))
         self.log("validation_accuracy", accuracy, prog_bar=True, batch_size=len(labels))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

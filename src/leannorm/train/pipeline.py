@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -12,13 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
 
 class Images(Protocol):
-    """Images (C, H, W) with values in [0, 1], all of one shape, and their labels."""
+    """Pairs of an image (C, H, W), all of one shape with values in [0, 1], and its label."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> tuple[Tensor, int]: ...
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
 class TrainingImages(Dataset[tuple[Tensor, int]]):
     """Augmented, normalised images; item (epoch, index) is a pure function of (seed, epoch, index)."""
 
-    def __init__(
-        self, images: Images, augmentation: Augmentation, preprocessing: Preprocessing, seed: int
-    ) -> None:
+    def __init__(self, images: Images, augmentation: Augmentation, preprocessing: Preprocessing, seed: int) -> None:
         self.images = images
         self.augmentation = augmentation
         self.preprocessing = preprocessing

@@ -6,14 +6,17 @@ import csv
 import dataclasses
 import io
 import time
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as L
 from lightning.pytorch.callbacks import Checkpoint
 
 from leannorm import records
 from leannorm.records import Epoch, TrainingRun
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import lightning.pytorch as L
 
 LAST, BEST, INTERRUPTED = "last.ckpt", "best.ckpt", "interrupted.ckpt"
 METRICS, RUN = "metrics.csv", "run.json"
@@ -41,7 +44,7 @@ class Recorder(Checkpoint):
         """Write the files as they are at this boundary."""
         self._write_records()
         if not self.run.history:
-            trainer.save_checkpoint(self.out / LAST)
+            trainer.save_checkpoint(self.out / LAST, weights_only=False)
         self._started = True
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -63,8 +66,8 @@ class Recorder(Checkpoint):
         self.run = dataclasses.replace(self.run, history=(*self.run.history, epoch))
         self._write_records()
         if epoch.validation_accuracy > best:
-            trainer.save_checkpoint(self.out / BEST)
-        trainer.save_checkpoint(self.out / LAST)
+            trainer.save_checkpoint(self.out / BEST, weights_only=False)
+        trainer.save_checkpoint(self.out / LAST, weights_only=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remove what an earlier interruption left: the run is whole."""
@@ -73,17 +76,13 @@ class Recorder(Checkpoint):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save the weights of this moment."""
         if self._started:
-            trainer.save_checkpoint(self.out / INTERRUPTED)
+            trainer.save_checkpoint(self.out / INTERRUPTED, weights_only=False)
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the record of the run into a checkpoint, as JSON."""
         checkpoint["training_run"] = records.to_json(self.run)
 
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the history up again."""
         saved = records.from_json(TrainingRun, checkpoint["training_run"])
         self.run = dataclasses.replace(self.run, history=saved.history)
