@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 
 import pytest
 from typer.testing import CliRunner
@@ -15,10 +14,8 @@ def leannorm(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
-def test_help_is_fast_and_imports_nothing_heavy():
-    start = time.perf_counter()
+def test_help_imports_nothing_heavy():
     result = leannorm("--help")
-    assert time.perf_counter() - start < 5  # importing torch alone takes some of that; typically 0.3
     assert result.returncode == 0
     assert all(command in result.stdout for command in ("train", "deploy", "report"))
     code = "import sys, leannorm.cli; print([n for n in ('torch', 'lightning', 'numpy') if n in sys.modules])"
@@ -74,7 +71,5 @@ def test_train(tmp_path):
     assert result.returncode == 0, result.stderr
     run = records.read(records.TrainingRun, tmp_path / "run.json")
     (epoch,) = run.history
-    assert (
-        f"validation accuracy {epoch.validation_accuracy:.2%} after epoch 0: {tmp_path / 'best.ckpt'}" in result.stdout
-    )
+    assert f"validation accuracy {epoch.validation_accuracy:.2%} after epoch 0: {tmp_path}" in result.stdout
     assert (run.statistics, run.epochs, run.seed) == ("grid:1/4", 1, 0)

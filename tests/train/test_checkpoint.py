@@ -133,7 +133,7 @@ def test_fields_that_are_missing_are_named(edited):
     def drop(content):
         del content["hyper_parameters"]["statistics"]
 
-    with pytest.raises(ValueError, match="Configuration: expected the fields .*'statistics'"):
+    with pytest.raises(ValueError, match=r"Configuration: expected the fields .*'statistics'"):
         checkpoint.load(edited(drop))
 
 
