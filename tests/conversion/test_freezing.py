@@ -48,7 +48,7 @@ def test_unfreeze_restores_mode_and_class():
 
 
 def test_a_converted_layer_keeps_its_source():
-    model, x = model_and_input()
+    model, _ = model_and_input()
     leannorm.convert(model, leannorm.GridSampling(1 / 4))
     leannorm.freeze(model)
     leannorm.unfreeze(model)
