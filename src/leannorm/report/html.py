@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from leannorm.report import charts, format
+from leannorm.report import spelling
+from leannorm.report.charts import Bar, Chart, Series, bars, legend, lines
 from leannorm.report.rows import COLUMNS, details, names, rows, verdict
 
 try:
@@ -18,13 +19,12 @@ if TYPE_CHECKING:
     from typing import Any
 
     from leannorm.records import Deployment
-    from leannorm.report.charts import Bar, Chart, Series
 
 
 def page(deployments: Sequence[Deployment], *, title: str = "leannorm: trained and shipped") -> str:
     """Return one HTML page that shows all deployments: verdict, summary, charts, then a section each.
 
-    The page opens offline, follows the reader's light or dark setting and prints. The same records give the same bytes.
+    The page opens offline, follows the reader's light or dark setting and prints. Same records, same page.
 
     Args:
         deployments: at least one, shown in this order.
@@ -36,19 +36,14 @@ def page(deployments: Sequence[Deployment], *, title: str = "leannorm: trained a
     if not deployments:
         raise ValueError("A report needs at least one deployment, got none.")
     labels = names(deployments)
-    return (
-        _environment()
-        .get_template("page.html")
-        .render(
-            title=title,
-            verdict=verdict(deployments),
-            columns=COLUMNS,
-            legend=[(label, *charts.legend(place)) for place, label in enumerate(labels)],
-            charts=[
-                (chart, Markup(chart.svg or ""), charts.note(chart)) for chart in _charts(deployments, labels)
-            ],
-            sections=[(label, d, rows(d), details(d)) for label, d in zip(labels, deployments, strict=True)],
-        )
+    template = _environment().get_template("page.html")
+    return template.render(
+        title=title,
+        verdict=verdict(deployments),
+        columns=COLUMNS,
+        legend=[(label, *legend(place)) for place, label in enumerate(labels)],
+        charts=[(chart, Markup(chart.svg or "")) for chart in _charts(deployments, labels)],
+        sections=[(label, d, rows(d), details(d)) for label, d in zip(labels, deployments, strict=True)],
     )
 
 
@@ -61,49 +56,39 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for function in (
-        format.number,
-        format.share,
-        format.points,
-        format.error,
-        format.size,
-        format.milliseconds,
-    ):
-        environment.filters[function.__name__] = function
-    environment.globals["counted"] = format.counted
+    environment.filters |= {
+        "share": spelling.share,
+        "points": spelling.points,
+        "number": spelling.number,
+        "significant": spelling.significant,
+    }
+    environment.globals["counted"] = spelling.counted
     return environment
 
 
 def _finalize(value: Any) -> Any:
-    return value if isinstance(value, Markup) else format.visible(str(value))
+    return value if isinstance(value, Markup) else spelling.visible(str(value))
 
 
 def _charts(deployments: Sequence[Deployment], labels: Sequence[str]) -> tuple[Chart, ...]:
     runs = list(enumerate(zip(labels, deployments, strict=True)))
 
-    def history(metric: str) -> list[Series]:
+    def by_epoch(metric: str) -> list[Series]:
         return [
-            charts.Series(label, i, tuple((e.epoch, getattr(e, metric)) for e in d.training.history))
+            Series(label, i, tuple((epoch.epoch, getattr(epoch, metric)) for epoch in d.training.history))
             for i, (label, d) in runs
         ]
 
-    def files(metric: str) -> list[Bar]:
+    def by_file(metric: str) -> list[Bar]:
         return [
-            charts.Bar(f.precision, label, i, getattr(f, metric)) for i, (label, d) in runs for f in d.files
+            Bar(file.precision, label, i, getattr(file, metric)) for i, (label, d) in runs for file in d.files
         ]
 
-    reference = [
-        charts.Bar("PyTorch, as trained", label, i, d.reference_latency_ms) for i, (label, d) in runs
-    ]
+    trained = [Bar("trained, in PyTorch", label, i, d.reference_latency_ms) for i, (label, d) in runs]
+    latencies = trained + by_file("latency_ms")
     return (
-        charts.lines("chart-accuracy", "Validation accuracy", history("validation_accuracy"), _axis_share),
-        charts.lines("chart-loss", "Training loss", history("training_loss"), lambda loss: f"{loss:.4g}"),
-        charts.bars(
-            "chart-latency", "Latency at batch 1", reference + files("latency_ms"), format.milliseconds
-        ),
-        charts.bars("chart-size", "File size", files("bytes"), lambda count: format.size(int(count))),
+        lines("chart-accuracy", "Validation accuracy", by_epoch("validation_accuracy"), spelling.tick_share),
+        lines("chart-loss", "Training loss", by_epoch("training_loss"), spelling.significant),
+        bars("chart-latency", "Latency at batch 1", latencies, spelling.milliseconds),
+        bars("chart-size", "File size", by_file("bytes"), lambda count: spelling.size(int(count))),
     )
-
-
-def _axis_share(value: float) -> str:
-    return f"{100 * value:.4g}%"

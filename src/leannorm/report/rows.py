@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from leannorm.report.format import NOT_MEASURED, counted, error, milliseconds, points, share, size
+from leannorm.report.spelling import NOT_MEASURED, counted, error, milliseconds, points, share, size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -26,7 +26,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One form of a model, as trained or as shipped, in the words of the summary; fields are named by `COLUMNS`."""
+    """A model as trained or as shipped, in the words of the summary; `COLUMNS` holds the headings."""
 
     form: str
     accuracy: str
@@ -39,9 +39,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether everything passed, the whole story in a few sentences, and a reason for each failure."""
+    """The whole story in a few sentences, and what failed."""
 
-    passed: bool
     headline: str
     sentences: tuple[str, ...]
     failures: tuple[str, ...]
@@ -61,7 +60,7 @@ def names(deployments: Sequence[Deployment]) -> tuple[str, ...]:
 
 
 def rows(deployment: Deployment) -> tuple[Row, ...]:
-    """Return the summary of one deployment: the model as trained, then each file in the order of the record."""
+    """Return the summary of one deployment: the model as trained, then each file."""
     trained = Row(
         form="trained",
         accuracy=share(deployment.recalibration.trained_accuracy),
@@ -86,10 +85,9 @@ def verdict(deployments: Sequence[Deployment]) -> Verdict:
     total = counted(len(deployments), "deployment", "deployments")
     named = list(zip(names(deployments), deployments, strict=True))
     return Verdict(
-        passed=failed == 0,
         headline=f"{failed} of {total} failed" if failed else f"{total} passed",
         sentences=_sentences([file for deployment in deployments for file in deployment.files]),
-        failures=tuple(f"{name}: {reason}" for name, d in named if not d.passed for reason in _reasons(d)),
+        failures=tuple(f"{name}: {reason}" for name, d in named for reason in _reasons(d)),
     )
 
 
@@ -119,8 +117,8 @@ def _facts(file: ShippedFile, deployment: Deployment) -> dict[str, str]:
         "Relative error allowed": error(check.max_error),
         "Largest absolute error": error(check.maximum_error),
         "Same arg-max": share(check.argmax_agreement),
-        "Accuracy before": share(check.reference_accuracy),
-        "Accuracy as shipped": share(check.candidate_accuracy),
+        "Accuracy of the PyTorch model": share(check.reference_accuracy),
+        "Accuracy of the file": share(check.candidate_accuracy),
         "Images compared": f"{check.samples:,}",
     }
 
@@ -130,10 +128,9 @@ def _sentences(files: Sequence[ShippedFile]) -> tuple[str, ...]:
         return ("No file was shipped.",)
     shipped = counted(len(files), "shipped file", "shipped files")
     left = sum(bool(file.normalization_nodes) for file in files)
+    remains = f"Normalization is left in {left}" if left else "No normalization is left in any"
     sentences = [
-        f"Normalization is left in {left} of the {shipped}."
-        if left
-        else f"No normalization is left in the {shipped}.",
+        f"{remains} of the {shipped}.",
         f"The largest relative error is {error(_worst(file.verification.relative_error for file in files))}.",
     ]
     checks = [file.verification for file in files]
@@ -158,7 +155,9 @@ def _reasons(deployment: Deployment) -> tuple[str, ...]:
             )
         if file.normalization_nodes:
             reasons.append(f"{file.file} still normalizes in {', '.join(file.normalization_nodes)}")
-    return tuple(reasons) or ("it is recorded as failed, and no file says why",)
+    if not (reasons or deployment.passed):
+        reasons.append("recorded as failed, though each file's check passed")
+    return tuple(reasons)
 
 
 def _worst(errors: Iterable[float]) -> float:

@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import astuple
 from typing import TYPE_CHECKING
 
-from leannorm.report.format import visible
 from leannorm.report.rows import COLUMNS, names, rows, verdict
+from leannorm.report.spelling import visible
 
 try:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 except ImportError as missing:
-    raise ImportError(
-        f"The summary table needs rich: pip install 'leannorm[train]' (got: {missing})"
-    ) from missing
+    raise ImportError(f"The summary needs rich: pip install 'leannorm[train]' (got: {missing})") from missing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-NOT_MEASURED = "–"
+import math
+
+NOT_MEASURED = "\N{EN DASH}"
 
 
 def visible(text: str) -> str:
     """Return ``text`` with every character that a reader could not see spelled as a Python escape.
 
-    Control characters, terminal escapes, reversed writing and half surrogates (which no UTF-8 file can hold) come from
-    file and module names; a reader shall see them and a terminal shall not obey them. Line breaks stay.
+    Names of files and modules can hold control characters, terminal escapes, reversed writing and half
+    surrogates (which no UTF-8 file can hold): a reader shall see them, a terminal shall not obey them. Line
+    breaks stay.
     """
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
@@ -19,6 +22,11 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if 100 <= abs(value) < 1e9 else f"{value:.3g}"
 
 
+def significant(value: float) -> str:
+    """Return four significant digits; NaN and infinities by name."""
+    return f"{value:.4g}"
+
+
 def share(value: float | None) -> str:
     """Return a share in [0, 1] as a percentage; any other number, NaN included, as it is."""
     if value is None:
@@ -26,13 +34,18 @@ def share(value: float | None) -> str:
     return f"{value:.2%}" if 0 <= value <= 1 else f"{value:g}"
 
 
+def tick_share(value: float) -> str:
+    """Return a share as a percentage without trailing zeros, as an axis shows it."""
+    return f"{100 * value:.4g}%"
+
+
 def points(difference: float) -> str:
     """Return the difference of two shares in signed percentage points."""
-    return f"{100 * difference:+.2f} percentage points"
+    return f"{100 * difference:+.2f} percentage points" if math.isfinite(difference) else f"{difference:g}"
 
 
 def error(value: float) -> str:
-    """Return an error with two significant digits."""
+    """Return an error with two significant digits; NaN and infinities by name."""
     return f"{value:.2g}"
 
 
