@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 import tempfile
 import types
 import typing
@@ -191,15 +192,14 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
         if len(arguments) != len(value):
             raise ValueError(f"{where}: expected {len(arguments)} items, got {len(value)}")
         return tuple(
-            _decode(kind, item, f"{where}[{i}]")
-            for i, (kind, item) in enumerate(zip(arguments, value, strict=True))
+            _decode(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(arguments, value, strict=True))
         )
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
         (hint,) = (kind for kind in arguments if kind is not type(None))
         return _decode(hint, value, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if type(value) is not hint:
         raise ValueError(f"{where}: expected {hint.__name__}, got {value!r}")

@@ -35,8 +35,8 @@ const holdsText = e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.tr
 const shown = [...inner.body.querySelectorAll('*')].filter(holdsText)
   .filter(e => !['title', 'desc'].includes(e.tagName));
 const colour = e => view.getComputedStyle(e)[e.closest('svg') ? 'fill' : 'color'];
-const marks = [...inner.querySelectorAll('svg path[clip-path][style*="--series"]')].map(e => view.getComputedStyle(e))
-  .map(style => style.fill === 'none' ? style.stroke : style.fill);
+const marks = [...inner.querySelectorAll('svg path[clip-path][style*="--series"]')]
+  .map(e => view.getComputedStyle(e)).map(style => style.fill === 'none' ? style.stroke : style.fill);
 document.body.textContent = JSON.stringify({
   background,
   contrast: Math.min(...shown.map(e => contrast(colour(e)))),

@@ -35,7 +35,7 @@ _LARGEST = 1e15  # axes that hold more, or infinities, cannot be divided into ti
 _WIDTH = 5.0  # inches: 360 units of the view box, a phone's width, so that text never shrinks
 _STYLE = {
     "svg.fonttype": "none",
-    "font.size": 10.5,
+    "font.size": 11.5,
     "text.color": svg.INK,
     "text.parse_math": False,
     "axes.labelcolor": svg.INK,
@@ -87,7 +87,7 @@ def lines(identity: str, title: str, series: Sequence[Series], spell: Callable[[
     if not described:
         return _nothing(title, left_out)
     with matplotlib.style.context(_STYLE, after_reset=True):
-        figure, axes = _figure(height=2.9, box=(0.13, 0.16, 0.84, 0.79))
+        figure, axes = _figure(height=2.9, box=(0.14, 0.17, 0.84, 0.78))
         for run in series:
             _line(axes, run)
         axes.set_xlabel("epoch")
@@ -116,7 +116,7 @@ def bars(identity: str, title: str, values: Sequence[Bar], spell: Callable[[floa
     rows = len(drawn) + heading * len(groups)
     described = "; ".join(f"{bar.category}, {bar.name}: {spell(bar.value)}" for bar in drawn)
     with matplotlib.style.context(_STYLE, after_reset=True):
-        figure, axes = _figure(height=0.19 * rows + 0.1, box=(0.0, 0.0, 0.8, 1.0))
+        figure, axes = _figure(height=0.2 * rows + 0.1, box=(0.0, 0.0, 0.8, 1.0))
         y = 0.0
         for category, group in groups.items():
             axes.text(0, y + heading / 2, _shortened(category), va="center")
@@ -154,7 +154,7 @@ def _note(left_out: int) -> str:
     return f"{what} not drawn: not finite, or beyond {_LARGEST:g}." if left_out else ""
 
 
-def _shortened(text: str, length: int = 48) -> str:
+def _shortened(text: str, length: int = 40) -> str:
     text = visible(text)
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
