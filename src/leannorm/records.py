@@ -177,7 +177,7 @@ def read(cls: type[T], path: str | Path) -> T:
 
 
 def _decode(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         hints = typing.get_type_hints(hint)
         if not isinstance(value, dict) or value.keys() != hints.keys():
             got = sorted(value) if isinstance(value, dict) else type(value).__name__

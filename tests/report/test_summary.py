@@ -11,8 +11,8 @@ from rich.console import Console
 from leannorm.records import Deployment
 from leannorm.report.html import page
 from leannorm.report.rows import COLUMNS, Row, names, rows
-from leannorm.report.spelling import number, points, share, size, visible
 from leannorm.report.text import summary
+from leannorm.report.wording import number, points, share, size, visible
 
 
 def printed(deployments, width=80):

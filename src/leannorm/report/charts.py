@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from leannorm.report import svg
-from leannorm.report.spelling import counted, visible
+from leannorm.report.wording import counted, visible
 
 try:
     import matplotlib.style

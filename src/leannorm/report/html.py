@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from leannorm.report import spelling
+from leannorm.report import wording
 from leannorm.report.charts import Bar, Chart, Series, bars, legend, lines
 from leannorm.report.rows import COLUMNS, details, names, rows, verdict
 
@@ -57,17 +57,17 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "share": spelling.share,
-        "points": spelling.points,
-        "number": spelling.number,
-        "significant": spelling.significant,
+        "share": wording.share,
+        "points": wording.points,
+        "number": wording.number,
+        "significant": wording.significant,
     }
-    environment.globals["counted"] = spelling.counted
+    environment.globals["counted"] = wording.counted
     return environment
 
 
 def _finalize(value: Any) -> Any:
-    return value if isinstance(value, Markup) else spelling.visible(str(value))
+    return value if isinstance(value, Markup) else wording.visible(str(value))
 
 
 def _charts(deployments: Sequence[Deployment], labels: Sequence[str]) -> tuple[Chart, ...]:
@@ -80,15 +80,13 @@ def _charts(deployments: Sequence[Deployment], labels: Sequence[str]) -> tuple[C
         ]
 
     def by_file(metric: str) -> list[Bar]:
-        return [
-            Bar(file.precision, label, i, getattr(file, metric)) for i, (label, d) in runs for file in d.files
-        ]
+        return [Bar(file.precision, label, i, getattr(file, metric)) for i, (label, d) in runs for file in d.files]
 
     trained = [Bar("trained, in PyTorch", label, i, d.reference_latency_ms) for i, (label, d) in runs]
     latencies = trained + by_file("latency_ms")
     return (
-        lines("chart-accuracy", "Validation accuracy", by_epoch("validation_accuracy"), spelling.tick_share),
-        lines("chart-loss", "Training loss", by_epoch("training_loss"), spelling.significant),
-        bars("chart-latency", "Latency at batch 1", latencies, spelling.milliseconds),
-        bars("chart-size", "File size", by_file("bytes"), lambda count: spelling.size(int(count))),
+        lines("chart-accuracy", "Validation accuracy", by_epoch("validation_accuracy"), wording.tick_share),
+        lines("chart-loss", "Training loss", by_epoch("training_loss"), wording.significant),
+        bars("chart-latency", "Latency at batch 1", latencies, wording.milliseconds),
+        bars("chart-size", "File size", by_file("bytes"), lambda count: wording.size(int(count))),
     )

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from leannorm.report.spelling import NOT_MEASURED, counted, error, milliseconds, points, share, size
+from leannorm.report.wording import NOT_MEASURED, counted, error, milliseconds, points, share, size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -150,9 +150,7 @@ def _reasons(deployment: Deployment) -> tuple[str, ...]:
         check = file.verification
         if not check.passed:
             limit = error(check.max_error)
-            reasons.append(
-                f"{file.file} has a relative error of {error(check.relative_error)}; {limit} is allowed"
-            )
+            reasons.append(f"{file.file} has a relative error of {error(check.relative_error)}; {limit} is allowed")
         if file.normalization_nodes:
             reasons.append(f"{file.file} still normalizes in {', '.join(file.normalization_nodes)}")
     if not (reasons or deployment.passed):

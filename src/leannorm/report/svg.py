@@ -7,7 +7,7 @@ import warnings
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from leannorm.report.spelling import visible
+from leannorm.report.wording import visible
 
 try:
     import matplotlib

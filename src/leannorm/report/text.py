@@ -6,7 +6,7 @@ from dataclasses import astuple
 from typing import TYPE_CHECKING
 
 from leannorm.report.rows import COLUMNS, names, rows, verdict
-from leannorm.report.spelling import visible
+from leannorm.report.wording import visible
 
 try:
     from rich.box import SIMPLE_HEAD
