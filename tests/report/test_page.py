@@ -205,7 +205,7 @@ def test_long_lists_of_refusals_are_folded_away(deployment, parse, count, is_ope
 
 def test_same_records_give_the_same_page_whatever_the_user_set_in_matplotlib(deployment):
     expected = page([deployment])
-    with matplotlib.rc_context({"font.size": 30.0, "lines.linewidth": 9.0, "svg.fonttype": "path"}):
+    with matplotlib.rc_context({"axes.grid": True, "xtick.labelsize": 30.0, "svg.fonttype": "path"}):
         assert page([deployment]) == expected
 
 
