@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import ACTIVATIONS, CASES, SOURCES, Case, regions_of
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import leannorm.backends  # noqa: F401
+from cases import ACTIVATIONS, CASES, SOURCES, Case, regions_of
 from leannorm.functional import batch_norm
 from leannorm.ops import definition
 from leannorm.statistics import Regions
@@ -29,7 +29,7 @@ def sampled(x: Tensor, regions: Regions, draw: Tensor | None) -> list[Tensor]:
             start, span, count, step = regions.boxes[4 * at : 4 * at + 4]
             shift = 0 if draw is None else int(draw[at]) % span
             positions.append([start + shift + i * step for i in range(count)])
-        columns = [x[tuple([n, slice(None), *s])] for n, *s in _product(positions)]
+        columns = [x[(n, slice(None), *s)] for n, *s in _product(positions)]
         samples.append(torch.stack(columns, 1))
     return samples
 
@@ -201,7 +201,7 @@ def test_steps_give_what_the_fused_operators_give(source):
 
 
 def test_exact_steps_give_what_the_fused_operators_give():
-    x, weight, bias, extra, regions, draw = setup(CASES[3], "full", torch.float64, residual=True)
+    x, weight, bias, extra, _, _ = setup(CASES[3], "full", torch.float64, residual=True)
     dy = torch.randn_like(x)
     mean, var = OPS.moments(x, None, [], [])
     point = (mean, var, weight, bias, extra, None, 1e-5, "gelu", [])
@@ -216,7 +216,7 @@ def test_exact_steps_give_what_the_fused_operators_give():
 def test_operators_without_derivative_say_so():
     x = torch.randn(4, 3, requires_grad=True)
     mean, _ = OPS.moments(x, None, [], [])
-    with pytest.raises(RuntimeError, match="moments has no derivative; use leannorm.functional"):
+    with pytest.raises(RuntimeError, match="moments has no derivative; use"):
         mean.sum().backward()
 
 

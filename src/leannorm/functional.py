@@ -53,6 +53,9 @@ def batch_norm(
     >>> mean, var
     (tensor([7.5000]), tensor([21.2500]))
     """
+    if input.shape == (0,):  # torch takes an empty vector too
+        y, mean, var = batch_norm(input[:, None], weight, bias, statistics=statistics, eps=eps, activation=activation)
+        return y[:, 0], mean, var
     _check(input, weight, bias, residual)
     if not eps > 0:
         raise ValueError(f"batch_norm eps must be positive, got {eps}")
@@ -117,7 +120,7 @@ def normalize(
 def _check(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> None:
     if not input.is_floating_point():
         raise TypeError(f"batch normalization needs a floating input, got {input.dtype}; call .float() on it first")
-    if input.ndim < 2:
+    if input.ndim < 2 and input.shape != (0,):
         raise ValueError(f"batch normalization needs an (N, C, *spatial) input, got shape {tuple(input.shape)}")
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and parameter.shape != (input.shape[1],):

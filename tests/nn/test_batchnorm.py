@@ -77,15 +77,16 @@ def test_torchs_operator_cases(sample):
     if rest:
         weight, bias = (*rest, None)[:2]
     training, eps = sample.kwargs.get("training", False), sample.kwargs.get("eps", 1e-5)
+    momentum = sample.kwargs.get("momentum", 0.1)
     expected_mean, expected_var = (None if t is None else t.clone() for t in (mean, var))
-    expected = F.batch_norm(x, expected_mean, expected_var, weight, bias, training, sample.kwargs["momentum"], eps)
+    expected = F.batch_norm(x, expected_mean, expected_var, weight, bias, training, momentum, eps)
     if training or mean is None:
         found, batch_mean, batch_var = batch_norm(x, weight, bias, eps=eps)
         if mean is not None and x.numel():
             count = x.numel() / x.shape[1]
-            torch.testing.assert_close(mean.lerp(batch_mean, sample.kwargs["momentum"]), expected_mean)
+            torch.testing.assert_close(mean.lerp(batch_mean, momentum), expected_mean)
             unbiased = batch_var * (count / (count - 1))
-            torch.testing.assert_close(var.lerp(unbiased, sample.kwargs["momentum"]), expected_var)
+            torch.testing.assert_close(var.lerp(unbiased, momentum), expected_var)
     else:
         found = normalize(x, mean, var, weight, bias, eps=eps)
     torch.testing.assert_close(found, expected)
@@ -156,7 +157,9 @@ def test_between_steps_adds_the_variance_of_the_sampled_mean():
 
 
 def test_between_steps_formula():
-    layer = leannorm.BatchNorm1d(1, momentum=0.25, statistics=leannorm.NaiveSampling(0.5, minimum=2, between_steps=True))
+    layer = leannorm.BatchNorm1d(
+        1, momentum=0.25, statistics=leannorm.NaiveSampling(0.5, minimum=2, between_steps=True)
+    )
     layer(torch.tensor([[1.0], [3.0], [99.0], [99.0]]))
     assert layer.running_mean.item() == pytest.approx(0.5)
     assert layer.running_var.item() == pytest.approx(0.75 * 1 + 0.25 * 2 + 0.25 * 0.75 * 2**2)
@@ -195,7 +198,9 @@ def test_extra_repr_shows_what_torch_has_not():
 
 
 def test_copies_and_pickles():
-    layer = leannorm.BatchNorm2d(3, statistics=leannorm.FeatureSampling(1 / 4) + leannorm.FullBatch(), activation="gelu")
+    layer = leannorm.BatchNorm2d(
+        3, statistics=leannorm.FeatureSampling(1 / 4) + leannorm.FullBatch(), activation="gelu"
+    )
     layer(torch.randn(4, 3, 8, 8))
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert repr(twin) == repr(layer)
@@ -215,7 +220,11 @@ def test_copies_and_pickles():
             ValueError,
             "residual must have",
         ),
-        (lambda: leannorm.BatchNorm2d(3, activation="rleu"), ValueError, "unknown activation 'rleu'; choose one of relu"),
+        (
+            lambda: leannorm.BatchNorm2d(3, activation="rleu"),
+            ValueError,
+            "unknown activation 'rleu'; choose one of relu",
+        ),
         (lambda: leannorm.BatchNorm2d(3, activation=nn.ReLU()), TypeError, "activation must be a name"),
         (lambda: leannorm.BatchNorm2d(3, statistics="grid:1/8"), TypeError, "parse_statistics"),
         (lambda: leannorm.Activation("clamp", (1, 0)), ValueError, "low < high"),

@@ -7,7 +7,7 @@ from typing import TypeVar
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from leannorm.convert.swap import abandon, adopt
+from leannorm.conversion.swap import abandon, adopt
 from leannorm.nn.batchnorm import SampledBatchNorm
 from leannorm.records import Change, Refusal, TransformReport
 
