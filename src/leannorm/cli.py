@@ -83,15 +83,17 @@ def train(
 @main.command()
 def deploy(
     checkpoint: Annotated[Path, typer.Argument(help="best.ckpt or last.ckpt of `leannorm train`.")],
-    data: Annotated[str, typer.Option(help="Images to recalibrate and verify on: as for `leannorm train`.")],
     out: Annotated[Path, typer.Option(help="Folder for the ONNX files and the report.")],
+    data: Annotated[
+        str | None, typer.Option(help="Images to recalibrate and verify on; those of the training if left out.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Fold CHECKPOINT's normalization away, export it to ONNX, verify the files and report."""
     with _clean_errors():
         import rich
 
-        from leannorm.deploy.deploy import deploy as ship
+        from leannorm.deploy import deploy as ship
         from leannorm.report import text
 
         deployment = ship(checkpoint, data=data, out=out, overwrite=overwrite)
