@@ -1,0 +1,5 @@
+"""Implementations of the operators; importing this package registers them with PyTorch's dispatcher."""
+
+from leannorm.backends import aten
+
+__all__ = ["aten"]

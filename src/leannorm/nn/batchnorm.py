@@ -1,0 +1,212 @@
+"""BatchNorm1d, 2d and 3d: torch's layers with a source of statistics, a residual and an activation."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from leannorm import functional
+from leannorm.activation import Activation, as_activation
+from leannorm.nn.recompute import recomputing
+from leannorm.nn.virtual import VirtualMark
+from leannorm.statistics import FullBatch, Regions, Statistics
+
+
+class _RefuseSyncConversion:
+    """Stands at `qconfig`, which torch's SyncBatchNorm converter looks up on each layer that it is about to replace.
+
+    The converter would drop the source of statistics and the activation in silence.
+    """
+
+    def __get__(self, layer: SampledBatchNorm | None, owner: type) -> Any:
+        caller = sys._getframe(1).f_code.co_name
+        if layer is not None and caller == "convert_sync_batchnorm" and not layer.is_plain:
+            raise RuntimeError(
+                f"torch.nn.SyncBatchNorm.convert_sync_batchnorm would drop the statistics ({layer.statistics}) and the "
+                f"activation ({layer.activation}) of a leannorm layer; call leannorm.revert(model) first"
+            )
+        raise AttributeError("qconfig")
+
+
+class SampledBatchNorm(_BatchNorm):
+    r"""Batch normalization whose statistics come from some of the batch's elements.
+
+    .. math:: y = act(\gamma (x - \mu) / \sqrt{\sigma^2 + eps} + \beta + residual)
+
+    In training, mean and variance are those of the elements that ``statistics`` tells, and move the running statistics by
+    ``momentum`` (None: their cumulative average); the running variance takes the unbiased estimate. In eval mode, and when
+    frozen, the running statistics are used, by PyTorch's plain operators. In the recomputation of a checkpointed forward
+    (any forward inside a backward pass) the running statistics do not move.
+
+    Args:
+        num_features: C, the number of channels.
+        eps: added to the variance.
+        momentum: share of the new statistics in the running ones, or None for the cumulative average.
+        affine: learn gamma and beta.
+        track_running_stats: keep running statistics; without them eval mode uses the batch's own.
+        device: of parameters and buffers.
+        dtype: of parameters and buffers; inputs of a lower precision are taken too.
+        bias: learn beta (with ``affine``).
+        statistics: the source of statistics.
+        activation: applied after the residual: a name, a `leannorm.Activation`, or None.
+        guard_nonfinite: keep NaN and infinity out of the running statistics, per channel.
+
+    Raises:
+        TypeError: for an input that is not floating.
+        ValueError: for an input or residual of the wrong shape, or one element a channel in training.
+        RuntimeError: for virtual samples outside of a converted model's own call.
+
+    Source: Ioffe and Szegedy, arXiv 1502.03167; Chen et al., IEEE TNNLS 32(1), 2021.
+    """
+
+    statistics: Statistics = FullBatch()
+    activation: Activation | None = None
+    guard_nonfinite: bool = False
+    frozen: bool = False
+    place: int = 0
+    virtual_mark: VirtualMark | None = None
+    qconfig = _RefuseSyncConversion()
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        statistics: Statistics = FullBatch(),
+        activation: str | Activation | None = None,
+        guard_nonfinite: bool = False,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:
+            self.bias = None
+        if not isinstance(statistics, Statistics):
+            raise TypeError(
+                f"statistics must be a leannorm source such as FullBatch(), got {statistics!r}; "
+                "leannorm.parse_statistics reads spellings"
+            )
+        self.statistics = statistics
+        self.activation = as_activation(activation)
+        self.guard_nonfinite = guard_nonfinite
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the layer computes what torch's own does."""
+        return isinstance(self.statistics, FullBatch) and self.activation is None
+
+    def train(self, mode: bool = True) -> SampledBatchNorm:
+        """Set the mode; a frozen layer stays in eval mode."""
+        return super().train(mode and not self.frozen)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Normalize ``input``, add ``residual`` (same shape and dtype), and activate."""
+        self._check_input_dim(input)
+        if not self.training:
+            return functional.normalize(
+                input,
+                self.running_mean,
+                self.running_var,
+                self.weight,
+                self.bias,
+                eps=self.eps,
+                residual=residual,
+                activation=self.activation,
+            )
+        if self.statistics.virtual:
+            self._check_mark(input)
+        regions = self.statistics.regions(input.shape, self.place)
+        y, mean, var = functional.batch_norm(
+            input,
+            self.weight,
+            self.bias,
+            statistics=regions,
+            eps=self.eps,
+            residual=residual,
+            activation=self.activation,
+        )
+        if self.track_running_stats and not recomputing():
+            self._track(input, mean, var, regions)
+        return y
+
+    def _check_mark(self, input: Tensor) -> None:
+        if recomputing():  # the call that is computed again was checked
+            return
+        rows = None if self.virtual_mark is None else self.virtual_mark.rows
+        if rows != input.shape[0]:
+            raise RuntimeError(
+                f"a layer with virtual samples got {input.shape[0]} samples where "
+                + ("no marked call is under way" if rows is None else f"the marked call has {rows}")
+                + "; the virtual samples are appended at the entry of the converted model: call that model itself "
+                "(not a part of it, and with no reshaping of the batch in between), or convert the part"
+            )
+
+    @torch.no_grad()
+    def _track(self, input: Tensor, mean: Tensor, var: Tensor, regions: Regions) -> None:
+        if self.num_batches_tracked is None or self.running_mean is None or self.running_var is None:
+            return
+        self.num_batches_tracked.add_(1)
+        if input.numel() == 0:
+            return
+        dtype = self.running_mean.dtype
+        factor = self.momentum
+        if factor is None:
+            factor = (1 / self.num_batches_tracked).to(dtype)
+        new_mean, new_var = mean.to(dtype), (var * regions.unbiased).to(dtype)
+        if self.statistics.between_steps:
+            new_var = new_var + (1 - factor) * (new_mean - self.running_mean) ** 2
+        if self.guard_nonfinite:
+            finite = new_mean.isfinite() & new_var.isfinite()
+            new_mean = torch.where(finite, new_mean, self.running_mean)
+            new_var = torch.where(finite, new_var, self.running_var)
+        self.running_mean.lerp_(new_mean, factor)
+        self.running_var.lerp_(new_var, factor)
+
+    def extra_repr(self) -> str:
+        """Add what torch's layer has not."""
+        parts = [super().extra_repr(), f"statistics={self.statistics}"]
+        if self.activation:
+            parts.append(f"activation={self.activation}")
+        parts += [name for name in ("guard_nonfinite", "frozen") if getattr(self, name)]
+        return ", ".join(parts)
+
+
+class BatchNorm1d(SampledBatchNorm, nn.BatchNorm1d):
+    """Batch normalization of (N, C) or (N, C, L) tensors; a drop-in for `torch.nn.BatchNorm1d`.
+
+    >>> layer = BatchNorm1d(3, statistics=FullBatch(), activation="relu")
+    >>> layer(torch.randn(8, 3)).shape
+    torch.Size([8, 3])
+    """
+
+    __doc__ = f"{__doc__}\n{SampledBatchNorm.__doc__}"
+
+
+class BatchNorm2d(SampledBatchNorm, nn.BatchNorm2d):
+    """Batch normalization of (N, C, H, W) tensors; a drop-in for `torch.nn.BatchNorm2d`.
+
+    >>> layer = BatchNorm2d(3, activation="relu6")
+    >>> x = torch.randn(8, 3, 6, 6)
+    >>> layer(x, residual=x).shape
+    torch.Size([8, 3, 6, 6])
+    """
+
+    __doc__ = f"{__doc__}\n{SampledBatchNorm.__doc__}"
+
+
+class BatchNorm3d(SampledBatchNorm, nn.BatchNorm3d):
+    """Batch normalization of (N, C, D, H, W) tensors; a drop-in for `torch.nn.BatchNorm3d`.
+
+    >>> BatchNorm3d(3)(torch.randn(2, 3, 4, 4, 4)).shape
+    torch.Size([2, 3, 4, 4, 4])
+    """
+
+    __doc__ = f"{__doc__}\n{SampledBatchNorm.__doc__}"

@@ -1,0 +1,118 @@
+"""The command line's spelling of statistics sources: `parse_statistics(str(source)) == source`."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+from leannorm.statistics import (
+    BatchSampling,
+    FeatureSampling,
+    FullBatch,
+    GridSampling,
+    NaiveSampling,
+    Statistics,
+    VirtualDataset,
+    WeightedSum,
+)
+
+_SOURCES: dict[str, tuple[type[Statistics], dict[str, dict[str, Any]], tuple[str, ...]]] = {
+    # name: class, bare options and the fields they set, options with an integer value
+    "ns": (NaiveSampling, {"between_steps": {"between_steps": True}}, ("minimum",)),
+    "bs": (BatchSampling, {"between_steps": {"between_steps": True}}, ("minimum",)),
+    "fs": (
+        FeatureSampling,
+        {
+            "step": {"position": "step"},
+            "fixed": {"position": "fixed"},
+            "between_steps": {"between_steps": True},
+        },
+        ("minimum", "seed"),
+    ),
+    "grid": (
+        GridSampling,
+        {
+            "step": {"position": "step"},
+            "fixed": {"position": "fixed"},
+            "between_steps": {"between_steps": True},
+        },
+        ("minimum", "seed"),
+    ),
+    "vdn": (
+        VirtualDataset,
+        {
+            **{name: {"distribution": name} for name in ("normal", "uniform", "matched")},
+            "between_steps": {"between_steps": True},
+        },
+        (),
+    ),
+}
+
+ALLOWED = (
+    "full, ns:1/32, bs:1/32, fs:1/32, fs:1/32@step, grid:1/32, grid:1/32@step, vdn:1, vdn:1@uniform, "
+    "sums such as fs:1/32+vdn:1 or 0.75*fs:1/32+0.25*vdn:1, and options after @ separated by commas "
+    "(fixed, step, between_steps, seed=1, minimum=32; for vdn normal, uniform, matched)"
+)
+
+
+def parse_statistics(text: str) -> Statistics:
+    """Read a statistics source from its spelling.
+
+    >>> parse_statistics("fs:1/32@step+vdn:1")
+    WeightedSum(sources=(FeatureSampling(fraction=0.03125, minimum=32, between_steps=False, position='step', seed=0),
+    VirtualDataset(samples=1, distribution='normal', between_steps=False)), weights=(0.5, 0.5))
+
+    Raises:
+        ValueError: for anything that is not a spelling; says what is wrong and what is allowed.
+    """
+    terms = [_parse_term(term.strip(), text) for term in text.split("+")]
+    sources = tuple(source for _, source in terms)
+    if len(terms) == 1:
+        if terms[0][0] is not None:
+            raise _error(text, "a weight needs a sum of several sources")
+        return sources[0]
+    weights = tuple(weight for weight, _ in terms if weight is not None)
+    if weights and len(weights) != len(terms):
+        raise _error(text, "give a weight to every source of the sum, or to none")
+    try:
+        return WeightedSum(sources, weights)
+    except ValueError as error:
+        raise _error(text, str(error)) from None
+
+
+def _parse_term(term: str, text: str) -> tuple[float | None, Statistics]:
+    weight, star, spelled = term.rpartition("*")
+    head, _, tail = spelled.partition("@")
+    name, _, amount = head.partition(":")
+    share = _number(weight, text) if star else None
+    if head == "full" and not tail:
+        return share, FullBatch()
+    if name not in _SOURCES:
+        raise _error(text, f"{name!r} is not a source")
+    cls, flags, integers = _SOURCES[name]
+    fields: dict[str, Any] = {}
+    for option in filter(None, tail.split(",")):
+        key, equals, value = option.partition("=")
+        if not equals and option in flags:
+            fields |= flags[option]
+        elif equals and key in integers and value.isdecimal():
+            fields[key] = int(value)
+        else:
+            raise _error(text, f"{name} has no option {option!r}")
+    if cls is VirtualDataset and not amount.isdecimal():
+        raise _error(text, f"vdn takes a whole number of samples, got {amount!r}")
+    try:
+        return share, cls(int(amount) if cls is VirtualDataset else _number(amount, text), **fields)  # pyright: ignore[reportCallIssue]
+    except ValueError as error:
+        raise _error(text, str(error)) from None
+
+
+def _number(text: str, whole: str) -> float:
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise _error(whole, f"{text!r} is not a number such as 1/32 or 0.1") from None
+
+
+def _error(text: str, reason: str) -> ValueError:
+    return ValueError(f"statistics {text!r}: {reason}; allowed are {ALLOWED}")
