@@ -191,8 +191,7 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
         if len(arguments) != len(value):
             raise ValueError(f"{where}: expected {len(arguments)} items, got {len(value)}")
         return tuple(
-            _decode(kind, item, f"{where}[{i}]")
-            for i, (kind, item) in enumerate(zip(arguments, value, strict=True))
+            _decode(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(arguments, value, strict=True))
         )
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:

@@ -78,9 +78,7 @@ def find(graph: Graph) -> Iterator[BatchNorm]:
         if name.startswith("leannorm::"):
             if module not in seen:
                 seen.add(module)
-                yield BatchNorm(
-                    module, node, node.all_input_nodes[0], None, None, None, None, 0.0, training=True
-                )
+                yield BatchNorm(module, node, node.all_input_nodes[0], None, None, None, None, 0.0, training=True)
         elif name.startswith("aten::") and "batch_norm" in name and "backward" not in name:
             bound = arguments(node)
             evaluates = "no_training" in name or "no_update" in name

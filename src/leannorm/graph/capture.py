@@ -86,25 +86,21 @@ class Capture:
         copies: dict[Node, Node] = {}
         result = self.graph.graph_copy(program.graph, copies)
         self.graph.output(result).meta = program.graph.output_node().meta.copy()
+        for source, copy in copies.items():
+            copy.name = source.name  # a copy renames what is called like a builtin: ``input``
 
     @property
     def inner_graphs(self) -> tuple[Graph, ...]:
         """Graphs that this one calls: branches of ``torch.cond``, regions with another gradient mode."""
         modules = self._source.graph_module.modules()
-        return tuple(
-            m.graph for m in modules if isinstance(m, GraphModule) and m is not self._source.graph_module
-        )
+        return tuple(m.graph for m in modules if isinstance(m, GraphModule) and m is not self._source.graph_module)
 
     def constant(self, node: Node | None) -> Tensor | None:
         """Value of a parameter, buffer or constant; None where the node is computed, given or written to."""
         if node is None or node.op != "placeholder":
             return None
         spec = self._input_specs[node.name]
-        if (
-            spec.kind not in _HELD
-            or spec.target in self._written
-            or any(_writes(user, node) for user in node.users)
-        ):
+        if spec.kind not in _HELD or spec.target in self._written or any(_writes(user, node) for user in node.users):
             return None
         return self._values[str(spec.target)]
 
@@ -139,9 +135,7 @@ class Capture:
         fake = value_of(like)
         assert fake is not None
         node.meta = like.meta | {"val": fake.new_empty(value.shape, dtype=value.dtype)}
-        self._input_specs[node.name] = InputSpec(
-            spec.kind, TensorArgument(node.name), target, spec.persistent
-        )
+        self._input_specs[node.name] = InputSpec(spec.kind, TensorArgument(node.name), target, spec.persistent)
         return node
 
     def replace(self, node: Node, replacement: Node) -> None:
@@ -166,9 +160,7 @@ class Capture:
         specs = [self._input_specs[node.name] for node in self.graph.find_nodes(op="placeholder")]
         results: Any = self.graph.output_node().args[0]
         outputs = [
-            dataclasses.replace(spec, arg=TensorArgument(result.name))
-            if isinstance(spec.arg, TensorArgument)
-            else spec
+            dataclasses.replace(spec, arg=TensorArgument(result.name)) if isinstance(spec.arg, TensorArgument) else spec
             for spec, result in zip(source.graph_signature.output_specs, results, strict=True)
         ]
         held = {spec.target for spec in specs}
@@ -196,33 +188,21 @@ def _call_entry(entry: ModuleCallEntry, names: set[str]) -> ModuleCallEntry:
     signature = entry.signature
     if signature is None or entry.fqn == "":
         return entry
-    kept = all(
-        arg.name in names
-        for arg in (*signature.inputs, *signature.outputs)
-        if isinstance(arg, TensorArgument)
-    )
+    kept = all(arg.name in names for arg in (*signature.inputs, *signature.outputs) if isinstance(arg, TensorArgument))
     return entry if kept else dataclasses.replace(entry, signature=None)
 
 
 def _writes(user: Node, node: Node) -> bool:
     """Whether a call changes the tensor of ``node`` in place."""
     bound = arguments(user)
-    if (
-        bound.get("training") is True
-    ):  # running statistics are written without a mark in the operator's schema
+    if bound.get("training") is True:  # running statistics are written without a mark in the operator's schema
         return node in (bound.get("running_mean"), bound.get("running_var"))
     if not isinstance(user.target, torch._ops.OpOverload):
         return False
-    written = (
-        a.name for a in user.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write
-    )
+    written = (a.name for a in user.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
     return any(bound.get(name) is node for name in written)
 
 
 def _as(old: Tensor, new: Tensor) -> Tensor:
     new = new.detach()
-    return (
-        torch.nn.Parameter(new, requires_grad=old.requires_grad)
-        if isinstance(old, torch.nn.Parameter)
-        else new
-    )
+    return torch.nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, torch.nn.Parameter) else new

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +34,9 @@ def export(
         if dynamic_shapes is not None:
             return torch.export.export(model, inputs, dynamic_shapes=dynamic_shapes), ()
         try:
-            doubled = pytree.tree_map(_double, inputs)
-            program = torch.export.export(model, doubled, dynamic_shapes=pytree.tree_map(_batch, inputs))
+            arguments = dict(inspect.signature(model.forward).bind(*inputs).arguments)
+            shapes = pytree.tree_map(_batch, arguments)
+            program = torch.export.export(model, pytree.tree_map(_double, inputs), dynamic_shapes=shapes)
             fixed = [name for name, size in _batch_sizes(program).items() if isinstance(size, int)]
             if not fixed:
                 return program, ()
@@ -42,9 +44,7 @@ def export(
         except Exception as error:  # torch.export raises whatever the model or its own tracing raises
             reason = str(error).strip().partition("\n")[0]
         program = torch.export.export(model, inputs)
-    refusal = Refusal(
-        "", f"the batch stays {sorted(set(_batch_sizes(program).values()))}, as in the example: {reason}"
-    )
+    refusal = Refusal("", f"the batch stays {sorted(set(_batch_sizes(program).values()))}, as in the example: {reason}")
     return program, (refusal,)
 
 
@@ -64,9 +64,7 @@ def _eval(module: nn.Module) -> nn.Module:
 
 def _train(module: nn.Module, mode: bool = True) -> nn.Module:
     if mode:
-        raise NotImplementedError(
-            "a folded model has no training mode: train the model that it was made from"
-        )
+        raise NotImplementedError("a folded model has no training mode: train the model that it was made from")
     return module
 
 
@@ -83,10 +81,6 @@ def _batch(leaf: Any) -> Any:
 
 
 def _batch_sizes(program: ExportedProgram) -> dict[str, int | torch.SymInt]:
-    names = {
-        spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT
-    }
-    values = {
-        node.name: value_of(node) for node in program.graph.find_nodes(op="placeholder") if node.name in names
-    }
+    names = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT}
+    values = {node.name: value_of(node) for node in program.graph.find_nodes(op="placeholder") if node.name in names}
     return {name: value.shape[0] for name, value in values.items() if value is not None and value.ndim > 0}

@@ -59,15 +59,11 @@ def fold(
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
     if isinstance(model, ExportedProgram):
         if dynamic_shapes is not None:
-            raise ValueError(
-                "dynamic_shapes is for modules: an exported program keeps the shapes that it has"
-            )
+            raise ValueError("dynamic_shapes is for modules: an exported program keeps the shapes that it has")
         kwargs: dict[str, Any] = {}
         if inputs is None:
             if model.example_inputs is None:
-                raise ValueError(
-                    "the program carries no example inputs: pass example_inputs to check the result on"
-                )
+                raise ValueError("the program carries no example inputs: pass example_inputs to check the result on")
             inputs, kwargs = model.example_inputs
         capture = Capture(model)
         report = fold_capture(capture)
@@ -104,9 +100,7 @@ def fold_capture(capture: Capture) -> TransformReport:
             refusals.append(outcome)
     capture.erase_dead()
     for graph in capture.inner_graphs:
-        reason = (
-            "it runs in a region that the graph calls (torch.cond, no_grad), which the rules do not enter"
-        )
+        reason = "it runs in a region that the graph calls (torch.cond, no_grad), which the rules do not enter"
         refusals += [Refusal(norm.module, reason) for norm in batch_norm.find(graph)]
     return TransformReport(tuple(changes), tuple(refusals))
 

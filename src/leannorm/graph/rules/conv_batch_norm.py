@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     from leannorm.graph.capture import Capture
 
 
-def fold_convolution(
-    weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor
-) -> tuple[Tensor, Tensor]:
+def fold_convolution(weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """Weight and bias of the one convolution.
 
     Args:
@@ -59,9 +57,7 @@ def check(capture: Capture, norm: BatchNorm, found: Affine) -> str | None:
     result = value_of(found.node)
     if result is None or result.ndim != weight.ndim:
         return f"the {found.name} before it has no batch dimension: dimension 1 is not its output channels"
-    if not all(
-        torch.isfinite(t).all() for t in fold_convolution(weight, bias, *norm.scale_and_shift(capture))
-    ):
+    if not all(torch.isfinite(t).all() for t in fold_convolution(weight, bias, *norm.scale_and_shift(capture))):
         return f"the folded weights do not fit into {weight.dtype}"
     return None
 
