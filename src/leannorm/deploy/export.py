@@ -14,7 +14,9 @@ try:
     import onnx
     import onnxscript  # noqa: F401  torch.onnx.export needs it, and says so less plainly
 except ImportError as missing:
-    raise ImportError(f"shipping needs onnx and onnxscript: pip install 'leannorm[deploy]' (got: {missing})") from missing
+    raise ImportError(
+        f"shipping needs onnx and onnxscript: pip install 'leannorm[deploy]' (got: {missing})"
+    ) from missing
 
 
 def export_onnx(
@@ -27,8 +29,8 @@ def export_onnx(
 ) -> None:
     """Write a program as an ONNX file.
 
-    A free dimension 0 of the first input is named ``batch``. The stack traces that torch attaches to every node are left
-    out: they hold the source code and its place on this machine.
+    A free dimension 0 of the first input is named ``batch``. The stack traces that torch attaches to every node are
+    left out: they hold the source code and its place on this machine.
 
     Args:
         program: a folded program whose batch is free.

@@ -31,9 +31,10 @@ _TRANSPARENT = frozenset({"Cast", "DequantizeLinear", "Identity", "QuantizeLinea
 def normalization_nodes(model: onnx.ModelProto) -> tuple[str, ...]:
     """Name every node that normalises, or that is a piece of a normalization.
 
-    Found are the normalization operators; ``Add``, ``Sub``, ``Mul`` and ``Div`` by a constant per channel that follow a
-    convolution or matrix product, at any distance through each other and through quantisation; and ``Sqrt``, ``Reciprocal``
-    and ``Pow`` of constants. The first addition after a ``MatMul`` is its bias, since that operator has none.
+    Found are the normalization operators; ``Add``, ``Sub``, ``Mul`` and ``Div`` by a constant per channel that follow
+    a convolution or matrix product, at any distance through each other and through quantisation; and ``Sqrt``,
+    ``Reciprocal`` and ``Pow`` of constants. The first addition after a ``MatMul`` is its bias, since that operator
+    has none.
 
     Returns:
         ``"operator name"`` of each, in the order of the graph; subgraphs included.

@@ -51,20 +51,21 @@ class Session:
         return results[0] if len(results) == 1 else tuple(results)
 
 
-def latency_ms(model: Callable[..., Any], inputs: tuple[Any, ...], *, repeats: int = 50, warmup: int = 5) -> float:
+def latency_ms(model: Callable[..., Any], inputs: tuple[Any, ...], *, seconds: float = 0.5) -> float:
     """Median wall-clock milliseconds of one call, in inference mode.
 
     Args:
         model: a module, a `Session` or any callable that returns when its work is done (CPU).
         inputs: its arguments; give a batch of 1 for the latency that a device sees.
-        repeats: calls that are timed.
-        warmup: calls before them that are not.
+        seconds: how long to go on, after a tenth of that without timing; ten calls are timed at least.
     """
+    times: list[float] = []
     with torch.inference_mode():
-        for _ in range(warmup):
+        begin = time.perf_counter()
+        while time.perf_counter() - begin < seconds / 10:
             model(*inputs)
-        times = []
-        for _ in range(repeats):
+        begin = time.perf_counter()
+        while len(times) < 10 or time.perf_counter() - begin < seconds:
             start = time.perf_counter()
             model(*inputs)
             times.append(time.perf_counter() - start)

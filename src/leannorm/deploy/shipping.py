@@ -7,12 +7,10 @@ import copy
 import itertools
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import onnx
-import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -52,14 +50,15 @@ def deploy(
 ) -> Deployment:
     """Ship a trained model: recalibrate where that helps, fold, export, quantise, verify, and report.
 
-    Running statistics recomputed over augmented training batches replace the trained ones only where validation accuracy
-    gets better. The folded model is written as `model.fp32.onnx` and, calibrated on training batches, `model.int8.onnx`;
-    both run in onnxruntime over all validation images beside the model that they were made from. `report.json` holds the
-    record that is returned, `report.html` shows it. The files appear in ``out`` together, after all of them are made.
+    Running statistics recomputed over augmented training batches replace the trained ones only where validation
+    accuracy gets better. The folded model is written as `model.fp32.onnx` and, calibrated on training batches,
+    `model.int8.onnx`; both run in onnxruntime over all validation images beside the model that they were made from.
+    `report.json` holds the record that is returned, `report.html` shows it. The files appear in ``out`` together,
+    after all of them are made.
 
-    The deployment passes if the fp32 file's relative error is at most ``max_error``, and if the INT8 file, which rounds by
-    design, loses less than 0.5 points of accuracy, agrees in at least 95% of the arg-maxes and stays within a relative
-    error of 10%.
+    The deployment passes if the fp32 file's relative error is at most ``max_error``, and if the INT8 file, which
+    rounds by design, loses less than 0.5 points of accuracy, agrees in at least 95% of the arg-maxes and stays within
+    a relative error of 10%.
 
     Args:
         checkpoint: a file that `leannorm train` wrote.
@@ -92,8 +91,8 @@ def deploy(
         export_onnx(program, folder / FP32, inputs=["images"], outputs=["logits"], metadata=metadata)
         batches = itertools.islice(images.train_dataloader(), -(-CALIBRATION_IMAGES // batch_size))
         quantize_int8(folder / FP32, folder / INT8, batches)
-        fp32 = _shipped(folder / FP32, "fp32", model, images, max_error)
-        int8 = _shipped(folder / INT8, "int8", model, images, INT8_MAX_ERROR)
+        fp32 = _shipped(folder / FP32, "fp32", model, images, example, max_error)
+        int8 = _shipped(folder / INT8, "int8", model, images, example, INT8_MAX_ERROR)
         deployment = Deployment(
             checkpoint=str(checkpoint),
             training=training,
@@ -138,18 +137,12 @@ def _recalibrated(trained: nn.Module, images: ImageData) -> tuple[nn.Module, Rec
     candidate = copy.deepcopy(trained)
     batches = min(len(images.train_dataloader()), RECALIBRATION_BATCHES)
     leannorm.recalibrate(candidate, images.train_dataloader(), limit=batches)
-    before, after = (_accuracy(model, images.val_dataloader()) for model in (trained, candidate))
+    compared = verify(trained, candidate, images.val_dataloader())
+    before, after = compared.reference_accuracy, compared.candidate_accuracy
+    assert before is not None
+    assert after is not None
     kept = "recalibrated" if after > before else "trained"
     return candidate if after > before else trained, Recalibration(kept, before, after, batches)
-
-
-def _accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
-    correct = samples = 0
-    with torch.inference_mode():
-        for inputs, labels in batches:
-            correct += int((model(inputs).argmax(1) == labels).sum())
-            samples += len(labels)
-    return correct / samples
 
 
 def _fold(model: nn.Module, example: Tensor) -> tuple[ExportedProgram, TransformReport]:
@@ -159,9 +152,10 @@ def _fold(model: nn.Module, example: Tensor) -> tuple[ExportedProgram, Transform
     return fold(program, (example,))
 
 
-def _shipped(path: Path, precision: str, model: nn.Module, images: ImageData, max_error: float) -> ShippedFile:
+def _shipped(
+    path: Path, precision: str, model: nn.Module, images: ImageData, example: Tensor, max_error: float
+) -> ShippedFile:
     session = Session(path)
-    example = next(iter(images.val_dataloader()))[0][:1]
     return ShippedFile(
         file=path.name,
         precision=precision,

@@ -31,7 +31,8 @@ def verify(reference: Model, candidate: Model, batches: Iterable[Any], *, max_er
         reference: a module in eval mode, an exported program, or any callable (such as a
             `leannorm.deploy.runtime.Session`) that takes what the batches hold and returns tensors or arrays.
         candidate: as ``reference``.
-        batches: inputs, or ``(inputs, labels)``; inputs are a tensor, or a tuple of arguments; labels (N,) are integers.
+        batches: inputs, or ``(inputs, labels)``; inputs are a tensor, or a tuple of arguments; labels (N,) are
+            integers.
         max_error: the largest relative error that passes.
 
     Returns:

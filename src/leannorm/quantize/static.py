@@ -26,7 +26,7 @@ class _Reader(CalibrationDataReader):
         self._name = name
         self._batches = batches
 
-    def get_next(self) -> dict[str, np.ndarray] | None:
+    def get_next(self) -> dict[str, np.ndarray] | None:  # pyright: ignore[reportIncompatibleMethodOverride]  None ends it
         batch = next(self._batches, None)
         if batch is None:
             return None
@@ -37,10 +37,10 @@ class _Reader(CalibrationDataReader):
 def quantize_int8(source: str | Path, path: str | Path, batches: Iterable[Any]) -> None:
     """Write an INT8 copy of an ONNX file that has one input.
 
-    Weights become signed 8-bit integers with a scale for each output channel; activations become unsigned 8-bit integers
-    with one scale and zero point a tensor, taken from the smallest and largest value that calibration sees. onnxruntime
-    multiplies this pair of types fastest on x86, and exactly where the processor has VNNI; older ones add pairs of products
-    in 16 bits, which can saturate: verify on such a device itself.
+    Weights become signed 8-bit integers with a scale for each output channel; activations become unsigned 8-bit
+    integers with one scale and zero point a tensor, taken from the smallest and largest value that calibration sees.
+    onnxruntime multiplies this pair of types fastest on x86, and exactly where the processor has VNNI; older ones add
+    pairs of products in 16 bits, which can saturate: verify on such a device itself.
 
     Args:
         source: the fp32 file; its metadata properties are kept.
@@ -68,6 +68,8 @@ def quantize_int8(source: str | Path, path: str | Path, batches: Iterable[Any]) 
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
+            # Eight bits for logits would make near classes equal, and save nothing.
+            extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
         )
         model = onnx.load(temporary)
         onnx.helper.set_model_props(model, {entry.key: entry.value for entry in original.metadata_props})
