@@ -3,18 +3,16 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
 from torch.export import Dim
 
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
-
-from leannorm import fold, verify  # noqa: E402
-from leannorm.deploy.export import export_onnx, save  # noqa: E402
-from leannorm.deploy.normalization import normalization_nodes  # noqa: E402
-from leannorm.deploy.runtime import Session, latency_ms  # noqa: E402
+from leannorm import fold, verify
+from leannorm.deploy.export import export_onnx, save
+from leannorm.deploy.normalization import normalization_nodes
+from leannorm.deploy.runtime import Session, latency_ms
 
 NAMES = {"inputs": ["images"], "outputs": ["logits"]}
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
-onnx = pytest.importorskip("onnx")
-
-from onnx import TensorProto, helper, numpy_helper  # noqa: E402
-
-from leannorm.deploy.normalization import normalization_nodes  # noqa: E402
+from leannorm.deploy.normalization import normalization_nodes
 
 C = 4
 

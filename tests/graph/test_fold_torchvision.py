@@ -14,7 +14,6 @@ BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
 def build(name: str) -> nn.Module:
-    pytest.importorskip("torchvision", reason="its models are what is folded")
     from torchvision.models import get_model
 
     torch.manual_seed(0)

@@ -1,17 +1,15 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
 
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
-
-from leannorm import verify  # noqa: E402
-from leannorm.deploy.export import export_onnx  # noqa: E402
-from leannorm.deploy.runtime import Session  # noqa: E402
-from leannorm.quantize.static import quantize_int8  # noqa: E402
+from leannorm import verify
+from leannorm.deploy.export import export_onnx
+from leannorm.deploy.runtime import Session
+from leannorm.quantize.static import quantize_int8
 
 
 @pytest.fixture(scope="module")
