@@ -1,5 +1,5 @@
 """Rewrites of captured graphs: batch normalization folded into what surrounds it."""
 
-from leannorm.graph.fold import fold
+from leannorm.graph.folding import fold
 
 __all__ = ["fold"]
