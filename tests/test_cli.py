@@ -137,3 +137,17 @@ def test_report_of_a_folder_without_one(tmp_path):
     assert result.stderr.startswith("error: ")
     assert "report.json" in result.stderr
     assert not (tmp_path / "page.html").exists()
+
+
+def test_default_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    from leannorm.train.run import default_folder
+
+    assert default_folder("timm:resnet18", "../data/cifar10", "fs:1/32+vdn:1") == Path(
+        "runs/timm_resnet18-cifar10-fs_1_32+vdn_1"
+    )
+    result = leannorm("train", "resnet8", "digits", "--epochs=1")
+    assert result.returncode == 0, result.stderr
+    result = leannorm("deploy", "runs/resnet8-digits-full/last.ckpt")
+    assert result.returncode in (0, 1), result.stderr
+    assert (tmp_path / "runs/resnet8-digits-full/deployed/report.html").exists()
