@@ -18,7 +18,7 @@ $(ENVIRONMENT): pyproject.toml constraints.txt
 DEMO := --epochs 20 --seed 0 --overwrite
 demo: env
 	$(BIN)/leannorm train resnet8 digits --statistics full $(DEMO) --out runs/demo/full
-	$(BIN)/leannorm train resnet8 digits --statistics grid:1/8 $(DEMO) --out runs/demo/grid
+	$(BIN)/leannorm train resnet8 digits --statistics grid:1/4 $(DEMO) --out runs/demo/grid
 	$(BIN)/leannorm deploy runs/demo/full/best.ckpt --data digits --out runs/demo/full/deployed --overwrite
 	$(BIN)/leannorm deploy runs/demo/grid/best.ckpt --data digits --out runs/demo/grid/deployed --overwrite
 	$(BIN)/leannorm report runs/demo/full/deployed runs/demo/grid/deployed --out runs/demo/report.html

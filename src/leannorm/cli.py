@@ -39,7 +39,10 @@ def train(
         ),
     ],
     data: Data,
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints, metrics and logs.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for checkpoints, metrics and logs; runs/MODEL-DATA-STATISTICS if left out."),
+    ] = None,
     statistics: Annotated[
         str, typer.Option(help="Where batch statistics come from: full, grid:1/32, fs:1/32, fs:1/32+vdn:1, ...")
     ] = "full",
@@ -59,6 +62,7 @@ def train(
         from leannorm.train import run
 
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+        out = out or run.default_folder(model, data, statistics)
         trained = run.train(
             model,
             data,
@@ -83,19 +87,26 @@ def train(
 @main.command()
 def deploy(
     checkpoint: Annotated[Path, typer.Argument(help="best.ckpt or last.ckpt of `leannorm train`.")],
-    data: Annotated[str, typer.Option(help="Images to recalibrate and verify on: as for `leannorm train`.")],
-    out: Annotated[Path, typer.Option(help="Folder for the ONNX files and the report.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the ONNX files and the report; `deployed` beside CHECKPOINT if left out."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Images to recalibrate and verify on; those of the training if left out.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Fold CHECKPOINT's normalization away, export it to ONNX, verify the files and report."""
     with _clean_errors():
         import rich
 
-        from leannorm.deploy.deploy import deploy as ship
+        from leannorm.deploy import deploy as ship
         from leannorm.report import text
 
+        out = out or checkpoint.parent / "deployed"
         deployment = ship(checkpoint, data=data, out=out, overwrite=overwrite)
         rich.print(text.summary([deployment]))
+        typer.echo(f"files and report: {out}")
     raise typer.Exit(0 if deployment.passed else 1)
 
 
@@ -115,6 +126,7 @@ def report(
         out.parent.mkdir(parents=True, exist_ok=True)
         records.write_text(out, html.page(deployments))
         rich.print(text.summary(deployments))
+        typer.echo(f"page: {out}")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import warnings
@@ -133,6 +134,12 @@ def train(
     )
     _fit(trainer, ImageClassifier(network, configuration), images, out / LAST if resume else None)
     return recorder.run
+
+
+def default_folder(model: str, data: str, statistics: str) -> Path:
+    """Name the folder of a run that was given none, `runs/MODEL-DATA-STATISTICS`, whatever its spellings hold."""
+    spellings = (model, Path(data).name, statistics)
+    return Path("runs") / "-".join(re.sub(r"[^\w.@+]+", "_", spelling) for spelling in spellings)
 
 
 def _fit(trainer: L.Trainer, module: ImageClassifier, images: ImageData, ckpt_path: Path | None) -> None:
