@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from leannorm.graph import fold
+from leannorm.train.models import import_torchvision
 
 BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-12}
 
@@ -22,8 +23,7 @@ def build(name: str) -> nn.Module:
 
 @pytest.fixture(autouse=True, scope="module")
 def importable():
-    models = pytest.importorskip("leannorm.train.models")
-    models.import_torchvision()
+    import_torchvision()
 
 
 @pytest.mark.parametrize(

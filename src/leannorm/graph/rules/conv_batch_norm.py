@@ -57,7 +57,8 @@ def check(capture: Capture, norm: BatchNorm, found: Affine) -> str | None:
     result = value_of(found.node)
     if result is None or result.ndim != weight.ndim:
         return f"the {found.name} before it has no batch dimension: dimension 1 is not its output channels"
-    if not all(torch.isfinite(t).all() for t in fold_convolution(weight, bias, *norm.scale_and_shift(capture))):
+    folded = fold_convolution(weight, bias, *norm.scale_and_shift(capture))
+    if not all(torch.isfinite(tensor.sum(dtype=torch.float64)) for tensor in folded):
         return f"the folded weights do not fit into {weight.dtype}"
     return None
 

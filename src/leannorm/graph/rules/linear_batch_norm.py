@@ -60,7 +60,8 @@ def check(capture: Capture, norm: BatchNorm, found: Affine) -> str | None:
         return f"the {found.name} before it gives shape {shape}: dimension 1 is not its output features"
     if reason := found.refusal(capture):
         return reason
-    if not all(torch.isfinite(t).all() for t in _folded(capture, norm, found)):
+    folded = _folded(capture, norm, found)
+    if not all(torch.isfinite(tensor.sum(dtype=torch.float64)) for tensor in folded):
         return f"the folded weights do not fit into {found.values(capture)[0].dtype}"
     return None
 
