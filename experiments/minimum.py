@@ -1,4 +1,4 @@
-"""How few elements a channel a sample may have: resnet8 on the digits at batch 16, one element in 64 but at least a minimum.
+"""How few elements a channel a sample may have: resnet8 on the digits at batch 16, one in 64 but at least a minimum.
 
     .venv/bin/python experiments/minimum.py       # about 10 minutes on 2 cores; finished runs are not run again
 
