@@ -92,7 +92,7 @@ def deployment():
         recalibration=records.Recalibration("trained", 0.9, 0.89, 11),
         fold=records.TransformReport((records.Change("bn", "folded"),)),
         reference_latency_ms=1.0,
-        files=(records.ShippedFile("model.fp32.onnx", "fp32", 1000, 0.5, (), verification),),
+        files=(records.ShippedFile("model.fp32.onnx", "fp32", 1000, 0.5, (), verification, ()),),
         passed=True,
     )
 

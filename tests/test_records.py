@@ -30,7 +30,7 @@ from leannorm.records import (
 
 RECORDS = [value for value in vars(records).values() if inspect.isclass(value) and dataclasses.is_dataclass(value)]
 CHECK = Verification(3, 0.5, 1.0, 1.0, None, None, 0.75, True)
-FILE = ShippedFile("model.onnx", "fp32", 10, 1.5, ("bn",), CHECK)
+FILE = ShippedFile("model.onnx", "fp32", 10, 1.5, ("bn",), CHECK, ())
 
 
 def edited(record, **changes):

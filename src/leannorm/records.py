@@ -115,7 +115,11 @@ class Recalibration:
 
 @dataclass(frozen=True)
 class ShippedFile:
-    """One deployed file; ``normalization_nodes`` names what is left of normalization in its graph (empty: nothing)."""
+    """One deployed file.
+
+    ``normalization_nodes`` names what is left of normalization in its graph, ``failures`` says in sentences why the
+    file does not pass (empty: nothing, it passes).
+    """
 
     file: str
     precision: str
@@ -123,6 +127,7 @@ class ShippedFile:
     latency_ms: float
     normalization_nodes: tuple[str, ...]
     verification: Verification
+    failures: tuple[str, ...]
 
 
 @dataclass(frozen=True)

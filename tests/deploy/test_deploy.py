@@ -191,4 +191,4 @@ def test_a_model_for_one_size_of_batch_is_an_error():
 def test_int8_passes_by_accuracy_agreement_and_error(agreement, accuracy, error, passes):
     bound = shipping.INT8_MAX_ERROR
     verification = Verification(100, error, 1.0, agreement, 0.98, accuracy, bound, error <= bound)
-    assert shipping._int8_passes(verification) is passes
+    assert (not shipping._failures("int8", verification)) is passes

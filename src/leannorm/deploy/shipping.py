@@ -100,7 +100,7 @@ def deploy(
             fold=folded,
             reference_latency_ms=latency_ms(model, (example,)),
             files=(fp32, int8),
-            passed=fp32.verification.passed and _int8_passes(int8.verification),
+            passed=not (fp32.failures or int8.failures),
         )
         records.write(folder / REPORT, deployment)
         records.write_text(folder / PAGE, page([deployment]))
@@ -156,23 +156,39 @@ def _shipped(
     path: Path, precision: str, model: nn.Module, images: ImageData, example: Tensor, max_error: float
 ) -> ShippedFile:
     session = Session(path)
+    verification = verify(model, session, images.val_dataloader(), max_error=max_error)
     return ShippedFile(
         file=path.name,
         precision=precision,
         bytes=path.stat().st_size,
         latency_ms=latency_ms(session, (example,)),
         normalization_nodes=normalization_nodes(onnx.load(path)),
-        verification=verify(model, session, images.val_dataloader(), max_error=max_error),
+        verification=verification,
+        failures=_failures(precision, verification),
     )
 
 
-def _int8_passes(verification: Verification) -> bool:
-    agreement, reference = verification.argmax_agreement, verification.reference_accuracy
-    candidate = verification.candidate_accuracy
-    assert agreement is not None
-    assert reference is not None
-    assert candidate is not None
-    return verification.passed and agreement >= INT8_AGREEMENT and reference - candidate < INT8_ACCURACY_DROP
+def _failures(precision: str, verification: Verification) -> tuple[str, ...]:
+    """Why a file does not pass; see `deploy`."""
+    failures = []
+    if not verification.passed:
+        failures.append(
+            f"its relative error is {verification.relative_error:.2g}, {verification.max_error:g} is allowed"
+        )
+    if precision == "int8":
+        agreement, reference = verification.argmax_agreement, verification.reference_accuracy
+        candidate = verification.candidate_accuracy
+        assert agreement is not None
+        assert reference is not None
+        assert candidate is not None
+        if agreement < INT8_AGREEMENT:
+            failures.append(f"it agrees in {agreement:.1%} of the arg-maxes, {INT8_AGREEMENT:.0%} is asked for")
+        if reference - candidate >= INT8_ACCURACY_DROP:
+            failures.append(
+                f"it loses {100 * (reference - candidate):.2f} points of accuracy, "
+                f"less than {100 * INT8_ACCURACY_DROP:.2f} is allowed"
+            )
+    return tuple(failures)
 
 
 def _metadata(

@@ -100,14 +100,14 @@ def _shipped(file: ShippedFile) -> Row:
         normalization=f"{left:,}" if left else "none",
         size=size(file.bytes),
         latency=milliseconds(file.latency_ms),
-        check="passed" if file.verification.passed else "failed",
+        check="failed" if file.failures else "passed",
     )
 
 
 def _facts(file: ShippedFile, deployment: Deployment) -> dict[str, str]:
     check = file.verification
     return {
-        "Check": "passed" if check.passed else "failed",
+        "Check": "failed" if file.failures else "passed",
         "Precision": file.precision,
         "Size": f"{size(file.bytes)}, {counted(file.bytes, 'byte', 'bytes')}",
         "Latency at batch 1": milliseconds(file.latency_ms),
@@ -145,14 +145,7 @@ def _sentences(files: Sequence[ShippedFile]) -> tuple[str, ...]:
 
 
 def _reasons(deployment: Deployment) -> tuple[str, ...]:
-    reasons = []
-    for file in deployment.files:
-        check = file.verification
-        if not check.passed:
-            limit = error(check.max_error)
-            reasons.append(f"{file.file} has a relative error of {error(check.relative_error)}; {limit} is allowed")
-        if file.normalization_nodes:
-            reasons.append(f"{file.file} still normalizes in {', '.join(file.normalization_nodes)}")
+    reasons = [f"{file.file}: {failure}" for file in deployment.files for failure in file.failures]
     if not (reasons or deployment.passed):
         reasons.append("recorded as failed, though each file's check passed")
     return tuple(reasons)
