@@ -60,7 +60,7 @@ def parse_statistics(text: str) -> Statistics:
     """Read a statistics source from its spelling.
 
     >>> parse_statistics("fs:1/32@step+vdn:1")
-    WeightedSum(sources=(FeatureSampling(fraction=0.03125, minimum=32, between_steps=False, position='step', seed=0),
+    WeightedSum(sources=(FeatureSampling(fraction=0.03125, minimum=64, between_steps=False, position='step', seed=0),
     VirtualDataset(samples=1, distribution='normal', between_steps=False)), weights=(0.5, 0.5))
 
     Raises:
