@@ -21,10 +21,7 @@ def sized(name: str) -> int:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
-        for name in models.list_models(module=models)
-    ],
+    [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in models.list_models(module=models)],
 )
 @torch.no_grad()
 def test_convert_and_revert_keep_the_outputs_bit_for_bit(name):

@@ -1,0 +1,180 @@
+"""Decide for each module of a model whether and how it is fused; nothing is changed here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+from torch.fx.graph_module import _format_import_block  # fx writes its own pickles with it
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.package.importer import sys_importer
+
+from leannorm.activation import Activation, activation_of
+from leannorm.conversion.fusion_rules import Match, match, rewrite
+from leannorm.conversion.fusion_trace import UntraceableError, required_arguments, trace
+from leannorm.nn.batchnorm import SampledBatchNorm
+from leannorm.nn.fused import KINDS, Rewrite, activation_step, children_of_containers, end_of_steps, is_observed
+
+
+@dataclass
+class Plan:
+    """What is to be fused.
+
+    Args:
+        classes: modules that take a fused class, with their rewrite (None for a Sequential).
+        actions: what the call of a layer computes, in words.
+        reasons: why a layer is left alone.
+        untraceable: modules without a graph, and why.
+    """
+
+    classes: dict[nn.Module, Rewrite | None] = field(default_factory=dict)
+    actions: dict[nn.Module, str] = field(default_factory=dict)
+    reasons: dict[nn.Module, str] = field(default_factory=dict)
+    untraceable: dict[nn.Module, str] = field(default_factory=dict)
+    _tails: dict[nn.Module, Rewrite] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Plan:
+        """Plan the fusing of a model whose BN layers are leannorm's where they can be."""
+        plan = cls()
+        for module in reversed(list(model.modules())):  # parts before what they are part of
+            if isinstance(module, SampledBatchNorm):
+                plan._add_layer(module)
+            elif is_sequential(module):
+                plan._add_sequential(module)
+            elif has_own_forward(module) and any(isinstance(part, _BatchNorm) for part in module.modules()):
+                try:
+                    plan._add_block(module)
+                except UntraceableError as error:
+                    plan.untraceable[module] = str(error)
+        return plan
+
+    def _add_layer(self, layer: SampledBatchNorm) -> None:
+        if is_observed(layer):
+            self.reasons[layer] = "it has hooks, which see its output"
+        elif layer.activation is not None:
+            self.actions[layer] = f"batch norm + {layer.activation}"
+
+    def _add_sequential(self, module: nn.Module) -> None:
+        layers = list(module.children())
+        for at, layer in enumerate(layers):
+            if not isinstance(layer, SampledBatchNorm) or self._tail(layer) is None:
+                continue
+            end = end_of_steps(layers, at + 1)
+            if end > at + 1 and (activation := activation_step(layers[end - 1])) is not None:
+                self.actions[layer] = f"batch norm + {activation}"
+                self.classes[module] = None
+            elif at + 1 < len(layers) and activation_of(layers[at + 1]) is not None:
+                self.reasons[layer] = "the activation after it has hooks"
+
+    def _add_block(self, block: nn.Module) -> None:
+        modules = dict(block.named_modules(remove_duplicate=False))
+        constants: list[Activation] = []
+        sources, used, tails = {}, {}, set()
+        for kind, graph in _graphs(block).items():
+            matches = self._matches(graph, modules)
+            last = self._output(graph, modules)
+            rewrite(graph, matches, last, constants)
+            sources[kind] = _source(graph)
+            used |= {modules[str(found.call.target)]: found.action for found in matches}
+            tails.add(None if last is None else str(last.target))
+        if len(tails) > 1:
+            raise UntraceableError("its output depends on the type of its input")
+        (tail,) = tails
+        planned = Rewrite(
+            forwards=tuple(sources.items()),
+            arguments=len(required_arguments(type(block).forward)),
+            constants=tuple(constants),
+            tail=tail,
+            containers=children_of_containers(block),
+        )
+        if tail is not None:
+            self._tails[block] = planned
+        if used:
+            self.classes[block] = planned
+        for layer, action in used.items():
+            self._use(layer, action)
+
+    def _matches(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> list[Match]:
+        """Find the matches of a graph, layers before modules that end in one, the last call first."""
+        calls = [node for node in graph.nodes if node.op == "call_module" and len(node.args) == 1 and not node.kwargs]
+        calls = [node for node in calls if self._tail(modules[str(node.target)]) is not None]
+        found, taken = [], set()
+        for direct in (True, False):
+            for call in reversed(calls):
+                layer = modules[str(call.target)]
+                if isinstance(layer, SampledBatchNorm) is not direct:
+                    continue
+                one = match(call, modules, taken)
+                if isinstance(one, str):
+                    if direct:
+                        self.reasons[layer] = one
+                elif one.steps:
+                    found.append(one)
+                    taken.update(one.nodes)
+        return found
+
+    def _output(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> fx.Node | None:
+        """Give the layer's call that is the output, if it is."""
+        (value,) = next(node for node in reversed(graph.nodes) if node.op == "output").args
+        if not isinstance(value, fx.Node) or value.op != "call_module" or len(value.users) != 1:
+            return None
+        if len(value.args) != 1 or value.kwargs or self._tail(modules[str(value.target)]) is None:
+            return None
+        return value
+
+    def _tail(self, module: nn.Module | None) -> SampledBatchNorm | None:
+        """Give the layer that can take the steps after a module's call."""
+        if module is None or is_observed(module):
+            return None
+        if isinstance(module, SampledBatchNorm):
+            return module if module.activation is None else None
+        if is_sequential(module):
+            return self._tail(next(reversed(module._modules.values()), None))
+        if module in self._tails:
+            return self._tail(module.get_submodule(self._tails[module].tail or ""))
+        return None
+
+    def _use(self, module: nn.Module, action: str) -> None:
+        """Let a module take steps: it, and its last part down to the layer, become fused."""
+        while not isinstance(module, SampledBatchNorm):
+            if is_sequential(module):
+                self.classes[module] = None
+                module = next(reversed(list(module.children())))
+            else:
+                self.classes[module] = self._tails[module]
+                module = module.get_submodule(self._tails[module].tail or "")
+        self.actions[module] = action
+
+
+def is_sequential(module: nn.Module) -> bool:
+    """Whether a module computes what `torch.nn.Sequential` does."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a module's forward is Python code of somebody's own."""
+    return not type(module).__module__.startswith("torch.") and type(module).forward is not nn.Module.forward
+
+
+def _graphs(block: nn.Module) -> dict[str, fx.Graph]:
+    """Trace a block for each kind of arguments that its forward takes."""
+    if "forward" in block.__dict__:
+        raise UntraceableError("its forward was set on the instance")
+    graphs, errors = {}, []
+    for kind in KINDS:
+        try:
+            graphs[kind] = trace(block, kind)
+        except UntraceableError as error:
+            errors.append(error)
+    if not graphs:
+        raise errors[0]
+    for kind, graph in graphs.items():
+        if _source(graph) != _source(trace(block, kind, children_train=False)):
+            raise UntraceableError("its forward reads the training mode of its children")
+    return graphs
+
+
+def _source(graph: fx.Graph) -> str:
+    code = graph.python_code("self")
+    return f"{_format_import_block(code.globals, sys_importer)}\n{code.src}"

@@ -1,0 +1,270 @@
+"""Modules whose own call computes batch norm, addition and activation in one operator, as `leannorm.fuse` makes them.
+
+What is fused is a call, not a layer: the generated forward of a block names the BN layer and the steps that follow it,
+and `chain` looks at each call whether they fit one operator. So whatever is changed afterwards (a layer swapped, a hook
+added, statistics converted, another path that calls the layer alone) computes what it would without fusing.
+"""
+
+from __future__ import annotations
+
+import functools
+import linecache
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from leannorm.activation import Activation, activation_of
+from leannorm.nn.batchnorm import SampledBatchNorm
+from leannorm.ops.definition import activate
+
+Step = Tensor | Activation | nn.Module  # a tensor is added
+
+
+def chain(layer: nn.Module, input: Tensor, steps: tuple[Step, ...] = ()) -> Tensor:
+    """Apply a layer, then each step: add a tensor, activate, or call a module; in one operator where it can be.
+
+    It can be where the layer is leannorm's (or a fused module that ends in one), a residual of the input's shape and
+    dtype comes first, an activation last, and no hook wants to see what lies between.
+    """
+    if takes_steps(layer):
+        if not isinstance(layer, SampledBatchNorm):
+            return layer(input, steps=steps)
+        operands = _operands(input, steps)
+        if operands is not None:
+            return layer(input, *operands)
+    return _follow(layer(input), steps)
+
+
+def _follow(value: Tensor, steps: tuple[Step, ...]) -> Tensor:
+    for step in steps:
+        if isinstance(step, nn.Module):
+            value = step(value)
+        elif isinstance(step, Activation):
+            value = activate(value, step.kind, step.parameters)
+        else:
+            value = value + step
+    return value
+
+
+def takes_steps(layer: nn.Module | None) -> bool:
+    """Whether a layer can compute the steps that follow it in its own call."""
+    if layer is None or is_observed(layer):
+        return False
+    if isinstance(layer, SampledBatchNorm):
+        return layer.activation is None
+    return isinstance(layer, Fused) and takes_steps(layer.tail())
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Whether something from outside sees, or replaces, what the module's call computes."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def is_identity(module: object) -> bool:
+    """Whether a step does nothing."""
+    return type(module) is nn.Identity and not is_observed(module)
+
+
+def activation_step(step: object) -> Activation | None:
+    """Give the activation that a step computes, or None where it is not one that a layer can apply."""
+    if isinstance(step, Activation):
+        return step
+    return activation_of(step) if isinstance(step, nn.Module) and not is_observed(step) else None
+
+
+def _operands(input: Tensor, steps: tuple[Step, ...]) -> tuple[Tensor | None, Activation | None] | None:
+    residual = activation = None
+    for step in steps:
+        if is_identity(step):
+            continue
+        if activation is not None:
+            return None
+        if isinstance(step, Tensor):
+            if residual is not None or (step.shape, step.dtype, step.device) != (
+                input.shape, input.dtype, input.device
+            ):  # fmt: skip
+                return None
+            residual = step
+        else:
+            activation = activation_step(step)
+            if activation is None:
+                return None
+    return residual, activation
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """How a fused block computes in training mode: source text, so that it pickles.
+
+    Args:
+        forwards: for a kind of arguments (a key of `KINDS`) the source of the forward that holds for it.
+        arguments: number of arguments, all of that kind; any other call computes by the block's own forward.
+        constants: activations that the sources name ``self._activation_0`` and so on.
+        tail: qualified name of the layer that takes the steps after the block's own call, if there is one.
+        containers: the names that `children_of_containers` gave; with others the block computes by its own forward.
+    """
+
+    forwards: tuple[tuple[str, str], ...]
+    arguments: int
+    constants: tuple[Activation, ...] = ()
+    tail: str | None = None
+    containers: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
+KINDS: dict[str, type] = {"tensor": Tensor, "list": list}
+
+
+class Fused(nn.Module):
+    """Base of the classes that fusing gives to modules, as `torch.nn.utils.parametrize` does; see `fused_class`."""
+
+    original: ClassVar[type[nn.Module]]
+    rewrite: ClassVar[Rewrite | None]
+
+    def tail(self) -> nn.Module | None:
+        """Give the part whose output is the module's output."""
+        raise NotImplementedError
+
+    def unfuse(self) -> None:
+        """Give the module back the class that it had."""
+        self.__class__ = self.original  # pyright: ignore[reportAttributeAccessIssue]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _blank, (self.original, self.rewrite), self.__getstate__()
+
+
+class FusedSequential(Fused):
+    """A `torch.nn.Sequential` that computes a BN layer and the activation after it in one operator."""
+
+    _modules: dict[str, nn.Module]  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def tail(self) -> nn.Module | None:
+        """Give the last layer."""
+        return next(reversed(self._modules.values()), None)
+
+    def forward(self, input: Any, *, steps: tuple[Step, ...] = ()) -> Any:
+        """Apply the layers in their order, then the steps."""
+        if not self.training and not steps:
+            return super().forward(input)
+        layers = list(self._modules.values())
+        value, at = input, 0
+        while at < len(layers):
+            end = at + 1
+            if isinstance(layers[at], SampledBatchNorm):
+                end = end_of_steps(layers, end)
+            following = (*layers[at + 1 : end], *(steps if end == len(layers) else ()))
+            value = chain(layers[at], value, following)
+            at = end
+        return value
+
+
+def end_of_steps(layers: list[nn.Module], start: int) -> int:
+    """Give the index after the identities and the activation that begin at ``start``; ``start`` if there are none."""
+    end = start
+    while end < len(layers) and is_identity(layers[end]):
+        end += 1
+    return end + 1 if end < len(layers) and activation_step(layers[end]) is not None else start
+
+
+def children_of_containers(block: nn.Module) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Give the names of a block's children, and of those in its containers, whose children it may call, by path."""
+    found = [("", tuple(block._modules))]
+    for name, child in block.named_children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+            found += [(f"{name}.{path}".rstrip("."), names) for path, names in children_of_containers(child)]
+    return tuple(found)
+
+
+def _submodule(module: nn.Module, path: str) -> nn.Module:
+    for name in path.split(".") if path else ():
+        module = module._modules[name] or module
+    return module
+
+
+# Set by torch itself on any module.
+_FRAMEWORK = frozenset([*vars(nn.Module()), "_compiled_call_impl"])
+
+
+class FusedBlock(Fused):
+    """A module whose training forward was traced and calls each BN layer with the steps that follow it."""
+
+    rewrite: ClassVar[Rewrite]  # pyright: ignore[reportIncompatibleVariableOverride]
+    fused_forwards: ClassVar[dict[str, Callable[..., Any]]]
+
+    def tail(self) -> nn.Module | None:
+        """Give the layer that computes the output."""
+        return None if self.rewrite.tail is None else self.get_submodule(self.rewrite.tail)
+
+    def holds(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the trace is of this mode and number of arguments, and of the children that there are."""
+        if not self.training or kwargs or len(args) != self.rewrite.arguments:
+            return False
+        return all(tuple(_submodule(self, path)._modules) == names for path, names in self.rewrite.containers)
+
+    def compute(self, args: tuple[Any, ...], kwargs: dict[str, Any], steps: tuple[Step, ...]) -> Any:
+        """Compute what the block's own forward and then the steps would."""
+        if self.holds(args, kwargs):
+            for kind, forward in self.fused_forwards.items():
+                if all(isinstance(arg, KINDS[kind]) for arg in args):
+                    return forward(self, *args) if self.rewrite.tail is None else forward(self, *args, steps)
+        return _follow(self.original.forward(self, *args, **kwargs), steps)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        known = name in self.__dict__ or name in self._modules
+        if known and name not in _FRAMEWORK:
+            warnings.warn(
+                f"{type(self).__name__}.{name} is set after leannorm.fuse, which traced the block with what it had: "
+                "the block is no longer fused. Call leannorm.fuse after such changes",
+                stacklevel=2,
+            )
+            self.unfuse()
+            return setattr(self, name, value)
+        return super().__setattr__(name, value)
+
+
+@functools.cache
+def fused_class(original: type[nn.Module], rewrite: Rewrite | None) -> type[Fused]:
+    """Make the class of a fused module: a subclass of the one that it has, so that `isinstance` holds.
+
+    Args:
+        original: the class; a `torch.nn.Sequential` without a forward of its own if there is no rewrite.
+        rewrite: the traced forwards, or None for a `FusedSequential`.
+    """
+    members: dict[str, Any] = {"original": original, "rewrite": rewrite, "__module__": __name__}
+    if rewrite is None:
+        bases = (FusedSequential, original)
+    else:
+        bases = (FusedBlock, original)
+        members |= {f"_activation_{i}": constant for i, constant in enumerate(rewrite.constants)}
+        members["fused_forwards"] = {
+            kind: _function(source, f"<leannorm.fuse {original.__qualname__} {hash(source):x}>")
+            for kind, source in rewrite.forwards
+        }
+
+        @functools.wraps(original.forward)
+        def forward(self: FusedBlock, *args: Any, steps: tuple[Step, ...] = (), **kwargs: Any) -> Any:
+            return self.compute(args, kwargs, steps)
+
+        members["forward"] = forward
+    metaclass: Any = type(original)
+    return metaclass(f"Fused{original.__name__}", bases, members)
+
+
+def _function(source: str, filename: str) -> Callable[..., Any]:
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)  # for tracebacks
+    namespace: dict[str, Any] = {}
+    exec(compile(source, filename, "exec"), namespace)  # the text that fuse generated, or its pickle
+    return namespace["forward"]
+
+
+def _blank(original: type[nn.Module], rewrite: Rewrite | None) -> Fused:
+    cls = fused_class(original, rewrite)
+    return cls.__new__(cls)
