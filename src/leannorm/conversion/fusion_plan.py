@@ -70,9 +70,13 @@ class Plan:
     def _add_block(self, block: nn.Module) -> None:
         modules = dict(block.named_modules(remove_duplicate=False))
         constants: list[Activation] = []
-        sources, used, tails = {}, {}, set()
+        sources, tails = {}, set()
+        used: dict[nn.Module, str] = {}
+        alone: dict[
+            nn.Module, str | None
+        ] = {}  # layers that the block calls itself, with the reason if they are refused
         for kind, graph in _graphs(block).items():
-            matches = self._matches(graph, modules)
+            matches = self._matches(graph, modules, alone)
             last = self._output(graph, modules)
             rewrite(graph, matches, last, constants)
             sources[kind] = _source(graph)
@@ -92,27 +96,29 @@ class Plan:
             self._tails[block] = planned
         if used:
             self.classes[block] = planned
+        for layer, reason in alone.items():
+            self.actions.pop(layer, None)
+            if reason is not None:
+                self.reasons[layer] = reason
         for layer, action in used.items():
             self._use(layer, action)
 
-    def _matches(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> list[Match]:
+    def _matches(
+        self, graph: fx.Graph, modules: dict[str, nn.Module], alone: dict[nn.Module, str | None]
+    ) -> list[Match]:
         """Find the matches of a graph, layers before modules that end in one, the last call first."""
-        calls = [node for node in graph.nodes if node.op == "call_module" and len(node.args) == 1 and not node.kwargs]
-        calls = [node for node in calls if self._tail(modules[str(node.target)]) is not None]
-        found, taken = [], set()
-        for direct in (True, False):
-            for call in reversed(calls):
-                layer = modules[str(call.target)]
-                if isinstance(layer, SampledBatchNorm) is not direct:
-                    continue
-                one = match(call, modules, taken)
-                if isinstance(one, str):
-                    if direct:
-                        self.reasons[layer] = one
-                elif one.steps:
-                    found.append(one)
-                    taken.update(one.nodes)
-        return found
+        calls = [node for node in graph.nodes if node.op == "call_module"]
+        calls = [node for node in reversed(calls) if self._tail(modules[str(node.target)]) is not None]
+        calls.sort(key=lambda node: not isinstance(modules[str(node.target)], SampledBatchNorm))
+        matches, taken = [], set()
+        for call in calls:
+            layer, found = modules[str(call.target)], match(call, modules, taken)
+            if isinstance(found, Match) and found.steps:
+                matches.append(found)
+                taken.update(found.nodes)
+            elif isinstance(layer, SampledBatchNorm):
+                alone[layer] = found if isinstance(found, str) else None
+        return matches
 
     def _output(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> fx.Node | None:
         """Give the layer's call that is the output, if it is."""

@@ -7,7 +7,9 @@ tensors that it makes, grad and autocast contexts, checkpoints, custom autograd 
 
 from __future__ import annotations
 
+import operator
 import random
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import Parameter, signature
@@ -24,7 +26,19 @@ class UntraceableError(Exception):
     """A block has no graph; the message says why."""
 
 
-class _Argument(fx.Proxy):
+class _Proxy(fx.Proxy):
+    """A stand-in that tells augmented assignment, which changes a tensor in place, from its operator."""
+
+
+def _recorded(function: Any) -> Any:
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"):
+    setattr(_Proxy, f"__{_name}__", _recorded(getattr(operator, _name)))
+
+
+class _Argument(_Proxy):
     """A stand-in that passes `isinstance` checks for its kind."""
 
     kind: type = Tensor
@@ -51,6 +65,9 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         nodes = [self.create_node("placeholder", name, (), {}) for name in required_arguments(root_fn)]
         return root_fn, [self.root, *(_STAND_INS[self.kind](node, self) for node in nodes)]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, fx.Proxy):
@@ -103,7 +120,7 @@ def trace(block: nn.Module, kind: str = "tensor", *, children_train: bool = True
     Raises:
         UntraceableError: with the reason.
     """
-    with _modes(block, children_train), _nothing_else_changes(block):
+    with _modes(block, children_train), _nothing_else_changes(block), warnings.catch_warnings(action="ignore"):
         try:
             graph = _Tracer(kind).trace(block)
         except UntraceableError:
