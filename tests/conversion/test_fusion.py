@@ -137,7 +137,7 @@ def test_every_form(form, words):
     assert_same_training(model.train(), reference.train())
 
 
-def operator_calls(model, x):
+def operator_calls(model, *args, **kwargs):
     """Give with what the operator is called in a copy of the model."""
 
     class Record(TorchDispatchMode):
@@ -151,7 +151,7 @@ def operator_calls(model, x):
             return func(*args, **(kwargs or {}))
 
     with torch.no_grad(), Record() as record:
-        copy.deepcopy(model)(x)
+        copy.deepcopy(model)(*args, **kwargs)
     return record.calls
 
 
@@ -274,7 +274,10 @@ def test_calls_that_the_trace_does_not_hold_for_compute_as_before():
     x = torch.randn(3, 4, 5, 5)
     for args, kwargs in (((x,), {}), ((x, 2), {}), ((x,), {"offset": 1}), ((), {"x": x}), ((x, None, 3), {})):
         torch.testing.assert_close(model(*args, **kwargs), reference(*args, **kwargs))
-    assert len(operator_calls(model, x)) == 1
+    for args, kwargs in (((x,), {}), ((x, x), {}), ((), {"x": x}), ((x,), {"scale": x}), ((x, None), {})):
+        torch.testing.assert_close(model(*args, **kwargs), reference(*args, **kwargs))
+        assert len(operator_calls(model, *args, **kwargs)) == 1
+        assert operator_calls(model, *args, **kwargs)[0]["activation"]
     assert model.forward.__doc__ == reference.forward.__doc__
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import fx, nn
@@ -11,9 +12,9 @@ from torch.package.importer import sys_importer
 
 from leannorm.activation import Activation, activation_of
 from leannorm.conversion.fusion_rules import Match, match, rewrite
-from leannorm.conversion.fusion_trace import UntraceableError, required_arguments, trace
+from leannorm.conversion.fusion_trace import UntraceableError, positional_parameters, trace
 from leannorm.nn.batchnorm import SampledBatchNorm
-from leannorm.nn.fused import KINDS, Rewrite, activation_step, children_of_containers, end_of_steps, is_observed
+from leannorm.nn.fused import Rewrite, activation_step, children_of_containers, end_of_steps, is_observed
 
 
 @dataclass
@@ -68,29 +69,26 @@ class Plan:
                 self.reasons[layer] = "the activation after it has hooks"
 
     def _add_block(self, block: nn.Module) -> None:
+        if not any(self._tail(part) is not None for part in _callable_parts(block)):
+            return
         modules = dict(block.named_modules(remove_duplicate=False))
+        graphs = _graphs(block)
+        matches, used, alone = {}, {}, {}
+        for kinds, graph in graphs.items():
+            matches[kinds] = self._matches(graph, modules, alone)
+            used |= {modules[str(found.call.target)]: found.action for found in matches[kinds]}
+        last = {kinds: self._output(graph, modules) for kinds, graph in graphs.items()}
+        tails = {str(call.target) if call is not None else None for call in last.values()}
+        tail = tails.pop() if len(tails) == 1 else None
         constants: list[Activation] = []
-        sources, tails = {}, set()
-        used: dict[nn.Module, str] = {}
-        alone: dict[
-            nn.Module, str | None
-        ] = {}  # layers that the block calls itself, with the reason if they are refused
-        for kind, graph in _graphs(block).items():
-            matches = self._matches(graph, modules, alone)
-            last = self._output(graph, modules)
-            rewrite(graph, matches, last, constants)
-            sources[kind] = _source(graph)
-            used |= {modules[str(found.call.target)]: found.action for found in matches}
-            tails.add(None if last is None else str(last.target))
-        if len(tails) > 1:
-            raise UntraceableError("its output depends on the type of its input")
-        (tail,) = tails
+        for kinds, graph in graphs.items():
+            rewrite(graph, matches[kinds], last[kinds] if tail is not None else None, constants)
         planned = Rewrite(
-            forwards=tuple(sources.items()),
-            arguments=len(required_arguments(type(block).forward)),
-            constants=tuple(constants),
-            tail=tail,
-            containers=children_of_containers(block),
+            tuple((kinds, _source(graph)) for kinds, graph in graphs.items()),
+            *positional_parameters(type(block).forward),
+            tuple(constants),
+            tail,
+            children_of_containers(block),
         )
         if tail is not None:
             self._tails[block] = planned
@@ -106,7 +104,10 @@ class Plan:
     def _matches(
         self, graph: fx.Graph, modules: dict[str, nn.Module], alone: dict[nn.Module, str | None]
     ) -> list[Match]:
-        """Find the matches of a graph, layers before modules that end in one, the last call first."""
+        """Find the matches of a graph, layers before modules that end in one, the last call first.
+
+        ``alone`` gets the layers that the graph calls without steps, with the reason if something hinders.
+        """
         calls = [node for node in graph.nodes if node.op == "call_module"]
         calls = [node for node in reversed(calls) if self._tail(modules[str(node.target)]) is not None]
         calls.sort(key=lambda node: not isinstance(modules[str(node.target)], SampledBatchNorm))
@@ -163,20 +164,32 @@ def has_own_forward(module: nn.Module) -> bool:
     return not type(module).__module__.startswith("torch.") and type(module).forward is not nn.Module.forward
 
 
-def _graphs(block: nn.Module) -> dict[str, fx.Graph]:
-    """Trace a block for each kind of arguments that its forward takes."""
+def _callable_parts(block: nn.Module) -> Iterator[nn.Module]:
+    """Give the modules that a block's forward may call itself: its children, and those in its containers."""
+    for child in block.children():
+        yield child
+        if isinstance(child, nn.ModuleList | nn.ModuleDict) or is_sequential(child):
+            yield from _callable_parts(child)
+
+
+def _graphs(block: nn.Module) -> dict[tuple[str, ...], fx.Graph]:
+    """Trace a block for each number of tensors that its forward takes, and for one list."""
     if "forward" in block.__dict__:
         raise UntraceableError("its forward was set on the instance")
+    names, required = positional_parameters(type(block).forward)
+    calls = [("tensor",) * count for count in range(required, len(names) + 1)]
+    if required == 1:
+        calls.append(("list",))
     graphs, errors = {}, []
-    for kind in KINDS:
+    for kinds in calls:
         try:
-            graphs[kind] = trace(block, kind)
+            graphs[kinds] = trace(block, kinds)
         except UntraceableError as error:
             errors.append(error)
     if not graphs:
         raise errors[0]
-    for kind, graph in graphs.items():
-        if _source(graph) != _source(trace(block, kind, children_train=False)):
+    for kinds, graph in graphs.items():
+        if _source(graph) != _source(trace(block, kinds, children_train=False)):
             raise UntraceableError("its forward reads the training mode of its children")
     return graphs
 

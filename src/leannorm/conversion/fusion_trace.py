@@ -54,17 +54,18 @@ _STAND_INS = {kind: type("_Argument", (_Argument,), {"kind": cls}) for kind, cls
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kinds: tuple[str, ...]) -> None:
         super().__init__()
-        self.kind = kind
+        self.kinds = kinds
         self.context = _context()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        nodes = [self.create_node("placeholder", name, (), {}) for name in required_arguments(root_fn)]
-        return root_fn, [self.root, *(_STAND_INS[self.kind](node, self) for node in nodes)]
+        arguments = zip(positional_parameters(root_fn)[0], self.kinds, strict=False)
+        nodes = [(self.create_node("placeholder", name, (), {}), kind) for name, kind in arguments]
+        return root_fn, [self.root, *(_STAND_INS[kind](node, self) for node, kind in nodes)]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -86,32 +87,37 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
 
-def required_arguments(forward: Any) -> list[str]:
-    """Give the names of a forward's positional arguments without default, but self.
+def positional_parameters(forward: Any) -> tuple[tuple[str, ...], int]:
+    """Give a forward's positional parameters but self, as far as the optional ones are None by default.
+
+    Returns:
+        Their names, and how many have no default.
 
     Raises:
-        UntraceableError: if there are none, or a keyword argument is required.
+        UntraceableError: if none is required, or one that can only be given by keyword.
     """
-    names = []
+    required, optional, ended = [], [], False
     for parameter in list(signature(forward).parameters.values())[1:]:
-        if parameter.default is not Parameter.empty or parameter.kind in (
-            Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD
-        ):  # fmt: skip
-            continue
-        if parameter.kind is Parameter.KEYWORD_ONLY:
+        positional = parameter.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+        if parameter.default is Parameter.empty and parameter.kind is Parameter.KEYWORD_ONLY:
             raise UntraceableError(f"its forward requires the keyword argument {parameter.name!r}")
-        names.append(parameter.name)
-    if not names:
+        if positional and parameter.default is Parameter.empty:
+            required.append(parameter.name)
+        elif positional and parameter.default is None and not ended:
+            optional.append(parameter.name)
+        else:
+            ended = True
+    if not required:
         raise UntraceableError("its forward requires no argument")
-    return names
+    return (*required, *optional), len(required)
 
 
-def trace(block: nn.Module, kind: str = "tensor", *, children_train: bool = True) -> fx.Graph:
+def trace(block: nn.Module, kinds: tuple[str, ...], *, children_train: bool = True) -> fx.Graph:
     """Trace the forward of a block in training mode.
 
     Args:
         block: the module.
-        kind: of all its required arguments, a key of `leannorm.nn.fused.KINDS`; others have their defaults.
+        kinds: of the first positional arguments, keys of `leannorm.nn.fused.KINDS`; all others have their defaults.
         children_train: the mode that its descendants show.
 
     Returns:
@@ -122,14 +128,12 @@ def trace(block: nn.Module, kind: str = "tensor", *, children_train: bool = True
     """
     with _modes(block, children_train), _nothing_else_changes(block), warnings.catch_warnings(action="ignore"):
         try:
-            graph = _Tracer(kind).trace(block)
+            graph = _Tracer(kinds).trace(block)
         except UntraceableError:
             raise
         except Exception as error:
-            text = str(error).strip().splitlines()
-            raise UntraceableError(
-                f"its forward cannot be traced: {type(error).__name__}{': ' + text[0] if text else ''}"
-            ) from error
+            first, *_ = str(error).strip().splitlines() or [""]
+            raise UntraceableError(f"its forward cannot be traced: {type(error).__name__}: {first}") from error
     for node in graph.nodes:
         node.type = None  # an annotation may not be importable
     return graph

@@ -31,7 +31,7 @@ def chain(layer: nn.Module, input: Tensor, steps: tuple[Step, ...] = ()) -> Tens
     """
     if takes_steps(layer):
         if not isinstance(layer, SampledBatchNorm):
-            return layer(input, steps=steps)
+            return layer(input, fused_steps=steps)
         operands = _operands(input, steps)
         if operands is not None:
             return layer(input, *operands)
@@ -106,21 +106,28 @@ class Rewrite:
     """How a fused block computes in training mode: source text, so that it pickles.
 
     Args:
-        forwards: for a kind of arguments (a key of `KINDS`) the source of the forward that holds for it.
-        arguments: number of arguments, all of that kind; any other call computes by the block's own forward.
+        forwards: for the kinds of a call's arguments (keys of `KINDS`) the source of the forward that holds for them;
+            any other call computes by the block's own forward.
+        parameters: names of the own forward's positional parameters, as far as the optional ones are None by default.
+        required: how many of them have no default.
         constants: activations that the sources name ``self._activation_0`` and so on.
         tail: qualified name of the layer that takes the steps after the block's own call, if there is one.
-        containers: the names that `children_of_containers` gave; with others the block computes by its own forward.
+        containers: what `children_of_containers` gave; where it has changed, the block computes by its own forward.
     """
 
-    forwards: tuple[tuple[str, str], ...]
-    arguments: int
+    forwards: tuple[tuple[tuple[str, ...], str], ...]
+    parameters: tuple[str, ...]
+    required: int
     constants: tuple[Activation, ...] = ()
     tail: str | None = None
     containers: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
 KINDS: dict[str, type] = {"tensor": Tensor, "list": list}
+
+
+def _kind(argument: object) -> str:
+    return next((name for name, kind in KINDS.items() if isinstance(argument, kind)), "")
 
 
 class Fused(nn.Module):
@@ -134,10 +141,21 @@ class Fused(nn.Module):
         raise NotImplementedError
 
     def unfuse(self) -> None:
-        """Give the module back the class that it had."""
+        """Give the module back the class that it had.
+
+        Raises:
+            RuntimeError: if it was given another class since.
+        """
+        if type(self) is not fused_class(self.original, self.rewrite):
+            raise RuntimeError(
+                f"a fused {self.original.__name__} became a {type(self).__name__} after leannorm.fuse; undo that "
+                "before the module is fused again or reverted, or call leannorm.fuse last"
+            )
         self.__class__ = self.original  # pyright: ignore[reportAttributeAccessIssue]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if type(self) is not fused_class(self.original, self.rewrite):
+            return super().__reduce_ex__(protocol)
         return _blank, (self.original, self.rewrite), self.__getstate__()
 
 
@@ -150,9 +168,9 @@ class FusedSequential(Fused):
         """Give the last layer."""
         return next(reversed(self._modules.values()), None)
 
-    def forward(self, input: Any, *, steps: tuple[Step, ...] = ()) -> Any:
+    def forward(self, input: Any, *, fused_steps: tuple[Step, ...] = ()) -> Any:
         """Apply the layers in their order, then the steps."""
-        if not self.training and not steps:
+        if not self.training and not fused_steps:
             return super().forward(input)
         layers = list(self._modules.values())
         value, at = input, 0
@@ -160,7 +178,7 @@ class FusedSequential(Fused):
             end = at + 1
             if isinstance(layers[at], SampledBatchNorm):
                 end = end_of_steps(layers, end)
-            following = (*layers[at + 1 : end], *(steps if end == len(layers) else ()))
+            following = (*layers[at + 1 : end], *(fused_steps if end == len(layers) else ()))
             value = chain(layers[at], value, following)
             at = end
         return value
@@ -197,25 +215,35 @@ class FusedBlock(Fused):
     """A module whose training forward was traced and calls each BN layer with the steps that follow it."""
 
     rewrite: ClassVar[Rewrite]  # pyright: ignore[reportIncompatibleVariableOverride]
-    fused_forwards: ClassVar[dict[str, Callable[..., Any]]]
+    fused_forwards: ClassVar[dict[tuple[str, ...], Callable[..., Any]]]
 
     def tail(self) -> nn.Module | None:
         """Give the layer that computes the output."""
         return None if self.rewrite.tail is None else self.get_submodule(self.rewrite.tail)
 
-    def holds(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the trace is of this mode and number of arguments, and of the children that there are."""
-        if not self.training or kwargs or len(args) != self.rewrite.arguments:
-            return False
-        return all(tuple(_submodule(self, path)._modules) == names for path, names in self.rewrite.containers)
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+        """Give a call's arguments by position, without a trailing None; or None where that cannot be said."""
+        names = self.rewrite.parameters
+        taken = 0
+        while taken < len(kwargs) and len(args) < len(names) and names[len(args)] in kwargs:
+            args += (kwargs[names[len(args)]],)
+            taken += 1
+        while len(args) > self.rewrite.required and args[-1] is None:
+            args = args[:-1]
+        return args if taken == len(kwargs) and len(args) <= len(names) else None
 
     def compute(self, args: tuple[Any, ...], kwargs: dict[str, Any], steps: tuple[Step, ...]) -> Any:
         """Compute what the block's own forward and then the steps would."""
-        if self.holds(args, kwargs):
-            for kind, forward in self.fused_forwards.items():
-                if all(isinstance(arg, KINDS[kind]) for arg in args):
-                    return forward(self, *args) if self.rewrite.tail is None else forward(self, *args, steps)
+        given = self.arguments(args, kwargs) if self.training else None
+        if given is not None and self.has_its_children():
+            forward = self.fused_forwards.get(tuple([_kind(argument) for argument in given]))
+            if forward is not None:
+                return forward(self, *given) if self.rewrite.tail is None else forward(self, *given, steps)
         return _follow(self.original.forward(self, *args, **kwargs), steps)
+
+    def has_its_children(self) -> bool:
+        """Whether no child has come or gone since the block was traced."""
+        return all(tuple(_submodule(self, path)._modules) == names for path, names in self.rewrite.containers)
 
     def __setattr__(self, name: str, value: Any) -> None:
         known = name in self.__dict__ or name in self._modules
@@ -245,13 +273,13 @@ def fused_class(original: type[nn.Module], rewrite: Rewrite | None) -> type[Fuse
         bases = (FusedBlock, original)
         members |= {f"_activation_{i}": constant for i, constant in enumerate(rewrite.constants)}
         members["fused_forwards"] = {
-            kind: _function(source, f"<leannorm.fuse {original.__qualname__} {hash(source):x}>")
-            for kind, source in rewrite.forwards
+            kinds: _function(source, f"<leannorm.fuse {original.__qualname__} {hash(source):x}>")
+            for kinds, source in rewrite.forwards
         }
 
         @functools.wraps(original.forward)
-        def forward(self: FusedBlock, *args: Any, steps: tuple[Step, ...] = (), **kwargs: Any) -> Any:
-            return self.compute(args, kwargs, steps)
+        def forward(self: FusedBlock, *args: Any, fused_steps: tuple[Step, ...] = (), **kwargs: Any) -> Any:
+            return self.compute(args, kwargs, fused_steps)
 
         members["forward"] = forward
     metaclass: Any = type(original)
