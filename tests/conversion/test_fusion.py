@@ -236,6 +236,37 @@ def test_the_last_layer_of_a_branch_takes_the_steps_after_it():
     torch.testing.assert_close(seen[:2], seen[2:])
 
 
+class Crossing(Block):
+    """Adds what another layer's activation gives, computed in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        z = self.act(self.other(self.conv(x)))
+        return self.act(y + z)
+
+
+def test_a_residual_that_is_fused_itself():
+    model = Crossing()
+    reference = copy.deepcopy(model)
+    _, report = leannorm.fuse(model, torch.randn(2, 4, 6, 6))
+    assert [change.action for change in report.changes] == ["batch norm + add + silu", "batch norm + silu"]
+    assert_same_training(model, reference)
+
+
+def test_one_activation_in_several_places_of_a_sequential():
+    act = nn.ReLU()
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), act, nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), act)
+    reference = copy.deepcopy(model)
+    _, report = leannorm.fuse(model)
+    assert [change.action for change in report.changes] == ["batch norm + relu"] * 2
+    assert len(operator_calls(model, torch.randn(2, 4, 6, 6))) == 2
+    assert_same_training(model, reference)
+
+
 class Concatenating(nn.Module):
     """As DenseNet's layer: takes a tensor or a list."""
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import leannorm
 from leannorm.nn.fused import Fused
+from leannorm.train.models import import_torchvision
 
 CONSTANT = torch.ones(())
 
@@ -278,6 +279,33 @@ def test_the_check_leaves_modes_buffers_and_draws():
     assert model[1].statistics == leannorm.GridSampling(1 / 4, "step")
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), draws)
+
+
+def test_densenets_checkpoints():
+    import_torchvision()
+    from torchvision.models.densenet import _DenseLayer
+
+    model = _DenseLayer(4, 2, 2, 0.0, memory_efficient=True)
+    _, report = leannorm.fuse(model)
+    assert report.changes == ()
+    assert all("_DenseLayer: its forward cannot be traced" in refusal.reason for refusal in report.refusals)
+    model.memory_efficient = False
+    _, report = leannorm.fuse(model)
+    assert [change.action for change in report.changes] == ["batch norm + relu"] * 2
+    with pytest.warns(UserWarning, match="memory_efficient is set after"):
+        model.memory_efficient = True
+    assert type(model) is _DenseLayer
+
+
+def test_a_fused_block_that_was_given_another_class_since():
+    model = block(lambda self, y, x: F.relu(y))
+    leannorm.fuse(model)
+    fused = type(model)
+    model.__class__ = type("Sharded", (fused,), {})
+    with pytest.raises(RuntimeError, match=r"a fused Block became a Sharded after leannorm\.fuse; undo that before"):
+        leannorm.revert(model)
+    model.__class__ = fused
+    leannorm.revert(model)
 
 
 def test_every_layer_is_in_the_report_once():

@@ -14,7 +14,7 @@ from leannorm.activation import Activation, activation_of
 from leannorm.conversion.fusion_rules import Match, match, rewrite
 from leannorm.conversion.fusion_trace import UntraceableError, positional_parameters, trace
 from leannorm.nn.batchnorm import SampledBatchNorm
-from leannorm.nn.fused import Rewrite, activation_step, children_of_containers, end_of_steps, is_observed
+from leannorm.nn.fused import Rewrite, activation_step, children_of_containers, end_of_steps, fused_class, is_observed
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Plan:
             self.actions[layer] = f"batch norm + {layer.activation}"
 
     def _add_sequential(self, module: nn.Module) -> None:
-        layers = list(module.children())
+        layers = [layer for layer in module._modules.values() if layer is not None]
         for at, layer in enumerate(layers):
             if not isinstance(layer, SampledBatchNorm) or self._tail(layer) is None:
                 continue
@@ -90,6 +90,10 @@ class Plan:
             tail,
             children_of_containers(block),
         )
+        try:
+            fused_class(type(block), planned)
+        except Exception as error:
+            raise UntraceableError(f"its fused forward cannot be made: {error}") from error
         if tail is not None:
             self._tails[block] = planned
         if used:
@@ -196,4 +200,8 @@ def _graphs(block: nn.Module) -> dict[tuple[str, ...], fx.Graph]:
 
 def _source(graph: fx.Graph) -> str:
     code = graph.python_code("self")
-    return f"{_format_import_block(code.globals, sys_importer)}\n{code.src}"
+    try:
+        imports = _format_import_block(code.globals, sys_importer)
+    except Exception as error:
+        raise UntraceableError(f"its forward calls a function that cannot be imported: {error}") from error
+    return f"{imports}\n{code.src}"

@@ -97,11 +97,13 @@ def rewrite(graph: fx.Graph, matches: list[Match], tail: fx.Node | None, constan
         tail: the layer's call that gives the output, which is to take the steps after the block's own call; or None.
         constants: activations without a module; new ones are appended.
     """
+    replaced: dict[fx.Node, fx.Node] = {}
     for found in matches:
         with graph.inserting_before(found.nodes[-1]):
-            steps = tuple(_step(graph, step, constants) for step in found.steps)
-            fused = _chain(graph, found.call, steps)
+            steps = [_step(graph, step, constants) for step in found.steps]
+            fused = _chain(graph, found.call, tuple(replaced.get(step, step) for step in steps))
         found.nodes[-1].replace_all_uses_with(fused)
+        replaced[found.nodes[-1]] = fused
         for node in (*reversed(found.nodes), found.call):
             graph.erase_node(node)
     if tail is not None:
