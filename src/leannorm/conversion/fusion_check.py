@@ -14,7 +14,7 @@ from leannorm.nn.batchnorm import SampledBatchNorm
 from leannorm.statistics import FullBatch
 
 SEED = 0
-TOLERANCE = 0.01  # of the outputs' 2-norm; rounding alone grows to 1e-4 in deep networks
+TOLERANCE = 0.01  # of the outputs' 2-norm; rounding alone reaches 5e-4 in a ResNet-152 at two samples of 75 pixels
 
 
 @torch.no_grad()
@@ -28,7 +28,8 @@ def training_outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Any]:
     with torch.random.fork_rng(list(devices), device_type=next(iter(devices)).type if devices else "cpu"):
         torch.manual_seed(SEED)
         with _kept(model):
-            return pytree.tree_leaves(pytree.tree_map_only(Tensor, torch.clone, model(*inputs)))
+            given = pytree.tree_map_only(Tensor, torch.clone, inputs)  # a model may work in place
+            return pytree.tree_leaves(model(*given))
 
 
 def difference(found: list[Any], expected: list[Any]) -> str | None:

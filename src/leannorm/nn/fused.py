@@ -208,7 +208,7 @@ def _submodule(module: nn.Module, path: str) -> nn.Module:
 
 
 # Set by torch itself on any module.
-_FRAMEWORK = frozenset([*vars(nn.Module()), "_compiled_call_impl"])
+_FRAMEWORK = frozenset([*vars(nn.Module()), "_compiled_call_impl", "__class__"])
 
 
 class FusedBlock(Fused):
@@ -246,7 +246,7 @@ class FusedBlock(Fused):
         return all(tuple(_submodule(self, path)._modules) == names for path, names in self.rewrite.containers)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        known = name in self.__dict__ or name in self._modules
+        known = name in self.__dict__ or name in self._modules or hasattr(type(self), name)
         if known and name not in _FRAMEWORK:
             warnings.warn(
                 f"{type(self).__name__}.{name} is set after leannorm.fuse, which traced the block with what it had: "
