@@ -195,7 +195,7 @@ def test_residual_blocks_whose_relu_is_used_again():
         ("3.bn3", " + add + relu"),
     ]
     assert isinstance(model[1], BasicBlock)
-    assert type(model[1]) is type(model[2]) or model[2].rewrite != model[1].rewrite
+    assert type(model[1]) is type(model[2]) or model[2]._fused_rewrite != model[1]._fused_rewrite
     assert_same_training(model, reference, torch.randn(2, 4, 16, 16, dtype=torch.float64))
 
 
@@ -247,6 +247,32 @@ class Crossing(Block):
         y = self.bn(self.conv(x))
         z = self.act(self.other(self.conv(x)))
         return self.act(y + z)
+
+
+class Named(nn.Module):
+    """Has children of names that a fused class might use."""
+
+    def __init__(self):
+        super().__init__()
+        self.tail = nn.Conv2d(4, 4, 1)
+        self.original = nn.BatchNorm2d(4)
+        self.steps = self.rewrite = self.activation = nn.ReLU()
+
+    def forward(self, steps, fused=None):
+        return self.compute(self.steps(self.original(self.tail(steps)) + steps))
+
+    def compute(self, x):
+        return x * 2
+
+
+def test_no_name_of_the_block_is_hidden():
+    model = nn.Sequential(Named(), nn.Conv2d(4, 4, 1))
+    reference = copy.deepcopy(model)
+    leannorm.fuse(model, torch.randn(2, 4, 6, 6))
+    assert len(operator_calls(model, torch.randn(2, 4, 6, 6))) == 1
+    names = {name for cls in type(model[0]).__mro__[:2] for name in vars(cls) if not name.startswith("__")}
+    assert {name for name in names if not name.startswith("_fused_")} <= {"forward"}
+    assert_same_training(model, reference)
 
 
 def test_a_residual_that_is_fused_itself():
@@ -417,9 +443,9 @@ def test_a_pickle_with_constants_and_user_functions():
     leannorm.fuse(model)
     twin = copy.copy(model)
     assert type(twin) is type(model)
-    assert model.rewrite.constants == (Activation("relu"),)
+    assert model._fused_rewrite.constants == (Activation("relu"),)
     _, blank_arguments, state = model.__reduce_ex__(4)
-    assert pickle.loads(pickle.dumps(blank_arguments[1])) == model.rewrite
+    assert pickle.loads(pickle.dumps(blank_arguments[1])) == model._fused_rewrite
     assert state.keys() == vars(model).keys()
 
 

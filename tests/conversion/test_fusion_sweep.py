@@ -27,7 +27,7 @@ pytestmark = [
 
 # More parameters than this are fused without a step: they do not fit into a test machine's memory.
 LARGE = 200_000_000
-SIZES = {"inception_v3": 299}
+SIZES = {"inception_v3": 299, "maxvit_t": 224}
 TIMM = {
     64: """
         convmixer_1024_20_ks9_p14 convmixer_768_32 cpubone_b0_bfrobust cpubone_b1_dwnorm cs3darknet_focus_l cs3darknet_l

@@ -128,7 +128,7 @@ def _step(graph: fx.Graph, step: fx.Node | str | Activation, constants: list[Act
         return graph.create_node("get_attr", step)
     if step not in constants:
         constants.append(step)
-    return graph.create_node("get_attr", f"_activation_{constants.index(step)}")
+    return graph.create_node("get_attr", f"_fused_activation_{constants.index(step)}")
 
 
 def _called(user: fx.Node, value: fx.Node, modules: Mapping[str, nn.Module]) -> nn.Module | None:

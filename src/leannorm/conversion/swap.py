@@ -14,9 +14,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from leannorm.activation import activation_of
-from leannorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from leannorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, fused
 from leannorm.nn.batchnorm import SampledBatchNorm
-from leannorm.nn.fused import Fused
 from leannorm.nn.virtual import VirtualEntry, VirtualMark, detach_entries
 from leannorm.records import Change, Refusal, TransformReport
 from leannorm.statistics import Statistics, VirtualDataset, WeightedSum
@@ -123,8 +122,8 @@ def unfuse(model: nn.Module) -> list[Change]:
     """Give fused modules the class that they had before `fuse`; the BN layers stay leannorm's."""
     changes = []
     for name, module in model.named_modules():
-        if isinstance(module, Fused):
-            module.unfuse()
+        if isinstance(module, fused.Fused):
+            fused.unfuse(module)
             changes.append(Change(name, f"{type(module).__name__}, no longer fused"))
     return changes
 

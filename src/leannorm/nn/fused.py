@@ -55,7 +55,7 @@ def takes_steps(layer: nn.Module | None) -> bool:
         return False
     if isinstance(layer, SampledBatchNorm):
         return layer.activation is None
-    return isinstance(layer, Fused) and takes_steps(layer.tail())
+    return isinstance(layer, Fused) and takes_steps(tail(layer))
 
 
 def is_observed(module: nn.Module) -> bool:
@@ -110,7 +110,7 @@ class Rewrite:
             any other call computes by the block's own forward.
         parameters: names of the own forward's positional parameters, as far as the optional ones are None by default.
         required: how many of them have no default.
-        constants: activations that the sources name ``self._activation_0`` and so on.
+        constants: activations that the sources name ``self._fused_activation_0`` and so on.
         tail: qualified name of the layer that takes the steps after the block's own call, if there is one.
         containers: what `children_of_containers` gave; where it has changed, the block computes by its own forward.
     """
@@ -131,48 +131,54 @@ def _kind(argument: object) -> str:
 
 
 class Fused(nn.Module):
-    """Base of the classes that fusing gives to modules, as `torch.nn.utils.parametrize` does; see `fused_class`."""
+    """Base of the classes that fusing gives to modules, as `torch.nn.utils.parametrize` does; see `fused_class`.
 
-    original: ClassVar[type[nn.Module]]
-    rewrite: ClassVar[Rewrite | None]
+    It adds no name without the prefix ``_fused_``, which would hide a child or method of the module's own.
+    """
 
-    def tail(self) -> nn.Module | None:
-        """Give the part whose output is the module's output."""
-        raise NotImplementedError
-
-    def unfuse(self) -> None:
-        """Give the module back the class that it had.
-
-        Raises:
-            RuntimeError: if it was given another class since.
-        """
-        if type(self) is not fused_class(self.original, self.rewrite):
-            raise RuntimeError(
-                f"a fused {self.original.__name__} became a {type(self).__name__} after leannorm.fuse; undo that "
-                "before the module is fused again or reverted, or call leannorm.fuse last"
-            )
-        self.__class__ = self.original  # pyright: ignore[reportAttributeAccessIssue]
+    _fused_original: ClassVar[type[nn.Module]]
+    _fused_rewrite: ClassVar[Rewrite | None]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        if type(self) is not fused_class(self.original, self.rewrite):
+        if _has_another_class(self):
             return super().__reduce_ex__(protocol)
-        return _blank, (self.original, self.rewrite), self.__getstate__()
+        return _blank, (self._fused_original, self._fused_rewrite), self.__getstate__()
+
+
+def unfuse(module: Fused) -> None:
+    """Give a fused module back the class that it had.
+
+    Raises:
+        RuntimeError: if it was given another class since.
+    """
+    if _has_another_class(module):
+        raise RuntimeError(
+            f"a fused {module._fused_original.__name__} became a {type(module).__name__} after leannorm.fuse; undo "
+            "that before the module is fused again or reverted, or call leannorm.fuse last"
+        )
+    module.__class__ = module._fused_original  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def tail(module: Fused) -> nn.Module | None:
+    """Give the part whose output is a fused module's output, if there is one."""
+    if isinstance(module, FusedBlock):
+        path = module._fused_rewrite.tail
+        return None if path is None else module.get_submodule(path)
+    return next(reversed(module._modules.values()), None)
+
+
+def _has_another_class(module: Fused) -> bool:
+    return type(module) is not fused_class(module._fused_original, module._fused_rewrite)
 
 
 class FusedSequential(Fused):
     """A `torch.nn.Sequential` that computes a BN layer and the activation after it in one operator."""
 
-    _modules: dict[str, nn.Module]  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    def tail(self) -> nn.Module | None:
-        """Give the last layer."""
-        return next(reversed(self._modules.values()), None)
-
     def forward(self, input: Any, *, fused_steps: tuple[Step, ...] = ()) -> Any:
         """Apply the layers in their order, then the steps."""
         if not self.training and not fused_steps:
             return super().forward(input)
-        layers = list(self._modules.values())
+        layers = [layer for layer in self._modules.values() if layer is not None]
         value, at = input, 0
         while at < len(layers):
             end = at + 1
@@ -214,36 +220,8 @@ _FRAMEWORK = frozenset([*vars(nn.Module()), "_compiled_call_impl", "__class__"])
 class FusedBlock(Fused):
     """A module whose training forward was traced and calls each BN layer with the steps that follow it."""
 
-    rewrite: ClassVar[Rewrite]  # pyright: ignore[reportIncompatibleVariableOverride]
-    fused_forwards: ClassVar[dict[tuple[str, ...], Callable[..., Any]]]
-
-    def tail(self) -> nn.Module | None:
-        """Give the layer that computes the output."""
-        return None if self.rewrite.tail is None else self.get_submodule(self.rewrite.tail)
-
-    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-        """Give a call's arguments by position, without a trailing None; or None where that cannot be said."""
-        names = self.rewrite.parameters
-        taken = 0
-        while taken < len(kwargs) and len(args) < len(names) and names[len(args)] in kwargs:
-            args += (kwargs[names[len(args)]],)
-            taken += 1
-        while len(args) > self.rewrite.required and args[-1] is None:
-            args = args[:-1]
-        return args if taken == len(kwargs) and len(args) <= len(names) else None
-
-    def compute(self, args: tuple[Any, ...], kwargs: dict[str, Any], steps: tuple[Step, ...]) -> Any:
-        """Compute what the block's own forward and then the steps would."""
-        given = self.arguments(args, kwargs) if self.training else None
-        if given is not None and self.has_its_children():
-            forward = self.fused_forwards.get(tuple([_kind(argument) for argument in given]))
-            if forward is not None:
-                return forward(self, *given) if self.rewrite.tail is None else forward(self, *given, steps)
-        return _follow(self.original.forward(self, *args, **kwargs), steps)
-
-    def has_its_children(self) -> bool:
-        """Whether no child has come or gone since the block was traced."""
-        return all(tuple(_submodule(self, path)._modules) == names for path, names in self.rewrite.containers)
+    _fused_rewrite: ClassVar[Rewrite]  # pyright: ignore[reportIncompatibleVariableOverride]
+    _fused_forwards: ClassVar[dict[tuple[str, ...], Callable[..., Any]]]
 
     def __setattr__(self, name: str, value: Any) -> None:
         known = name in self.__dict__ or name in self._modules or hasattr(type(self), name)
@@ -253,9 +231,35 @@ class FusedBlock(Fused):
                 "the block is no longer fused. Call leannorm.fuse after such changes",
                 stacklevel=2,
             )
-            self.unfuse()
+            unfuse(self)
             return setattr(self, name, value)
         return super().__setattr__(name, value)
+
+
+def compute(block: FusedBlock, args: tuple[Any, ...], kwargs: dict[str, Any], steps: tuple[Step, ...]) -> Any:
+    """Compute what a block's own forward and then the steps would."""
+    given = _arguments(block._fused_rewrite, args, kwargs) if block.training else None
+    if given is not None and _has_its_children(block):
+        forward = block._fused_forwards.get(tuple([_kind(argument) for argument in given]))
+        if forward is not None:
+            return forward(block, *given) if block._fused_rewrite.tail is None else forward(block, *given, steps)
+    return _follow(block._fused_original.forward(block, *args, **kwargs), steps)
+
+
+def _arguments(rewrite: Rewrite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    """Give a call's arguments by position, without a trailing None; or None where that cannot be said."""
+    names, taken = rewrite.parameters, 0
+    while taken < len(kwargs) and len(args) < len(names) and names[len(args)] in kwargs:
+        args += (kwargs[names[len(args)]],)
+        taken += 1
+    while len(args) > rewrite.required and args[-1] is None:
+        args = args[:-1]
+    return args if taken == len(kwargs) and len(args) <= len(names) else None
+
+
+def _has_its_children(block: FusedBlock) -> bool:
+    """Whether no child has come or gone since the block was traced."""
+    return all(tuple(_submodule(block, path)._modules) == names for path, names in block._fused_rewrite.containers)
 
 
 @functools.cache
@@ -266,20 +270,20 @@ def fused_class(original: type[nn.Module], rewrite: Rewrite | None) -> type[Fuse
         original: the class; a `torch.nn.Sequential` without a forward of its own if there is no rewrite.
         rewrite: the traced forwards, or None for a `FusedSequential`.
     """
-    members: dict[str, Any] = {"original": original, "rewrite": rewrite, "__module__": __name__}
+    members: dict[str, Any] = {"_fused_original": original, "_fused_rewrite": rewrite, "__module__": __name__}
     if rewrite is None:
         bases = (FusedSequential, original)
     else:
         bases = (FusedBlock, original)
-        members |= {f"_activation_{i}": constant for i, constant in enumerate(rewrite.constants)}
-        members["fused_forwards"] = {
+        members |= {f"_fused_activation_{i}": constant for i, constant in enumerate(rewrite.constants)}
+        members["_fused_forwards"] = {
             kinds: _function(source, f"<leannorm.fuse {original.__qualname__} {hash(source):x}>")
             for kinds, source in rewrite.forwards
         }
 
         @functools.wraps(original.forward)
         def forward(self: FusedBlock, *args: Any, fused_steps: tuple[Step, ...] = (), **kwargs: Any) -> Any:
-            return self.compute(args, kwargs, fused_steps)
+            return compute(self, args, kwargs, fused_steps)
 
         members["forward"] = forward
     metaclass: Any = type(original)
