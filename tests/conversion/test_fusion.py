@@ -249,6 +249,27 @@ class Crossing(Block):
         return self.act(y + z)
 
 
+def test_branches_and_activations_in_a_sequential():
+    convolution = block(lambda self, y, x: y)  # as timm's ConvNorm: ends in its batch norm
+    nested = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    model = nn.Sequential(convolution, nn.GELU(), nested, nn.Identity(), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    reference = copy.deepcopy(model)
+    _, report = leannorm.fuse(model, torch.randn(2, 4, 6, 6))
+    assert [change.action for change in report.changes] == ["batch norm + gelu", "batch norm + relu"]
+    assert operator_calls(model, torch.randn(2, 4, 6, 6)) == [{"residual": False, "activation": True}] * 2
+    assert_same_training(model, reference)
+
+
+def test_activations_of_timms_own():
+    activations = pytest.importorskip("timm.layers.activations")
+    for module in (activations.GELU(), activations.GELUTanh(), activations.Swish(), activations.Mish()):
+        model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), module)
+        reference = copy.deepcopy(model)
+        _, report = leannorm.fuse(model)
+        assert (report.changes[0].action == "batch norm") is isinstance(module, activations.Mish)
+        assert_same_training(model, reference)
+
+
 class Named(nn.Module):
     """Has children of names that a fused class might use."""
 

@@ -321,6 +321,6 @@ def test_every_layer_is_in_the_report_once():
     assert [(c.module, c.action) for c in report.changes] == [
         ("unused", "batch norm"),
         ("traced.bn", "batch norm + relu"),
-        ("nested.0.0", "batch norm"),
+        ("nested.0.0", "batch norm + relu"),
     ]
     assert [r.module for r in report.refusals] == ["not.bn"]

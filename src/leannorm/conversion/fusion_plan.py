@@ -59,13 +59,17 @@ class Plan:
     def _add_sequential(self, module: nn.Module) -> None:
         layers = [layer for layer in module._modules.values() if layer is not None]
         for at, layer in enumerate(layers):
-            if not isinstance(layer, SampledBatchNorm) or self._tail(layer) is None:
+            if self._tail(layer) is None:
                 continue
             end = end_of_steps(layers, at + 1)
             if end > at + 1 and (activation := activation_step(layers[end - 1])) is not None:
-                self.actions[layer] = f"batch norm + {activation}"
+                self._use(layer, f"batch norm + {activation}")
                 self.classes[module] = None
-            elif at + 1 < len(layers) and activation_of(layers[at + 1]) is not None:
+            elif (
+                isinstance(layer, SampledBatchNorm)
+                and at + 1 < len(layers)
+                and activation_of(layers[at + 1]) is not None
+            ):
                 self.reasons[layer] = "the activation after it has hooks"
 
     def _add_block(self, block: nn.Module) -> None:

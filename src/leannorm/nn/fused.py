@@ -172,7 +172,7 @@ def _has_another_class(module: Fused) -> bool:
 
 
 class FusedSequential(Fused):
-    """A `torch.nn.Sequential` that computes a BN layer and the activation after it in one operator."""
+    """A `torch.nn.Sequential` that computes a layer that takes steps and the activation after it in one operator."""
 
     def forward(self, input: Any, *, fused_steps: tuple[Step, ...] = ()) -> Any:
         """Apply the layers in their order, then the steps."""
@@ -182,7 +182,7 @@ class FusedSequential(Fused):
         value, at = input, 0
         while at < len(layers):
             end = at + 1
-            if isinstance(layers[at], SampledBatchNorm):
+            if takes_steps(layers[at]):
                 end = end_of_steps(layers, end)
             following = (*layers[at + 1 : end], *(fused_steps if end == len(layers) else ()))
             value = chain(layers[at], value, following)
