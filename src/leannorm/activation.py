@@ -87,8 +87,15 @@ def as_activation(value: str | Activation | None) -> Activation | None:
     return _NAMED[value]
 
 
+_TIMM = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "Swish": "silu"}
+
+
 def activation_of(module: nn.Module) -> Activation | None:
-    """Give the activation that a torch module computes, or None where it is not one of ours."""
+    """Give the activation that a module of torch's or timm's computes, or None where it is not one of ours."""
+    if type(module).__module__ == "timm.layers.activations":
+        return as_activation(_TIMM.get(type(module).__name__))
+    if type(module).__module__ != "torch.nn.modules.activation":
+        return None  # a subclass may compute something else
     match module:
         case nn.ReLU6():
             return _NAMED["relu6"]
