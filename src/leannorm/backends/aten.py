@@ -19,7 +19,7 @@ def _like(x: Tensor, value: Tensor) -> Tensor:
     return value if value.stride() == out.stride() else out.copy_(value)
 
 
-def _batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters):
+def batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters):
     y, mean, var = definition.batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters)
     return _like(x, y), mean, var
 
@@ -77,7 +77,7 @@ def _correct_(
         dx[index] = dx[index] - share * correction
 
 
-def _batch_norm_backward(
+def batch_norm_backward(
     dy,
     x,
     mean,
@@ -146,8 +146,8 @@ def _correct(dx, x, mean, var, weight, sum_g_xhat, sum_g, eps, draw, boxes, weig
 
 
 for _name, _kernel in {
-    "batch_norm": _batch_norm,
-    "batch_norm_backward": _batch_norm_backward,
+    "batch_norm": batch_norm,
+    "batch_norm_backward": batch_norm_backward,
     "moments": definition.moments,
     "normalize": _normalize,
     "backward_reduce": _backward_reduce,
