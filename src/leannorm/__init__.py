@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from leannorm.activation import Activation
-    from leannorm.convert import convert, freeze, recalibrate, revert, unfreeze
+    from leannorm.conversion import convert, freeze, recalibrate, revert, unfreeze
     from leannorm.deploy.verify import verify
     from leannorm.graph import fold
     from leannorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
@@ -34,13 +34,13 @@ _HOMES = {
     "NaiveSampling": "leannorm.statistics",
     "VirtualDataset": "leannorm.statistics",
     "WeightedSum": "leannorm.statistics",
-    "convert": "leannorm.convert",
+    "convert": "leannorm.conversion",
     "fold": "leannorm.graph",
-    "freeze": "leannorm.convert",
+    "freeze": "leannorm.conversion",
     "parse_statistics": "leannorm.spelling",
-    "recalibrate": "leannorm.convert",
-    "revert": "leannorm.convert",
-    "unfreeze": "leannorm.convert",
+    "recalibrate": "leannorm.conversion",
+    "revert": "leannorm.conversion",
+    "unfreeze": "leannorm.conversion",
     "verify": "leannorm.deploy.verify",
 }
 

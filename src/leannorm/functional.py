@@ -53,14 +53,17 @@ def batch_norm(
     >>> mean, var
     (tensor([7.5000]), tensor([21.2500]))
     """
+    if input.shape == (0,):  # torch takes an empty vector too
+        y, mean, var = batch_norm(input[:, None], weight, bias, statistics=statistics, eps=eps, activation=activation)
+        return y[:, 0], mean, var
     _check(input, weight, bias, residual)
     if not eps > 0:
         raise ValueError(f"batch_norm eps must be positive, got {eps}")
     regions = statistics.regions(input.shape) if isinstance(statistics, Statistics) else statistics
     if regions.inverse_count >= 1 and input.numel() > 0:
         raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}: the variance of "
-            "one element is 0. Use GroupNorm, batch renormalization, or virtual samples "
+            f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}: the variance "
+            "of one element is 0. Use GroupNorm, batch renormalization, or virtual samples "
             "(leannorm.convert(model, leannorm.VirtualDataset(1))), or a larger batch"
         )
     draw = None
@@ -117,7 +120,7 @@ def normalize(
 def _check(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> None:
     if not input.is_floating_point():
         raise TypeError(f"batch normalization needs a floating input, got {input.dtype}; call .float() on it first")
-    if input.ndim < 2:
+    if input.ndim < 2 and input.shape != (0,):
         raise ValueError(f"batch normalization needs an (N, C, *spatial) input, got shape {tuple(input.shape)}")
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and parameter.shape != (input.shape[1],):

@@ -1,7 +1,7 @@
 """Frozen results that leannorm's commands produce: plain data, JSON in and out, no logic.
 
-Every record is a frozen dataclass whose fields are strings, numbers, booleans, None, records, or tuples of these, so that
-``from_json(cls, to_json(record)) == record`` holds for all of them.
+Every record is a frozen dataclass whose fields are strings, numbers, booleans, None, records, or tuples of these, so
+that ``from_json(cls, to_json(record)) == record`` holds for all of them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 import tempfile
 import types
 import typing
@@ -176,7 +177,7 @@ def read(cls: type[T], path: str | Path) -> T:
 
 
 def _decode(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         hints = typing.get_type_hints(hint)
         if not isinstance(value, dict) or value.keys() != hints.keys():
             got = sorted(value) if isinstance(value, dict) else type(value).__name__
@@ -198,8 +199,8 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
             return None
         (hint,) = (kind for kind in arguments if kind is not type(None))
         return _decode(hint, value, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if type(value) is not hint:
-        raise ValueError(f"{where}: expected {hint.__name__}, got {value!r}")
+        raise ValueError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
     return value

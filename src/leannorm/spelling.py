@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -16,7 +17,7 @@ from leannorm.statistics import (
     WeightedSum,
 )
 
-_SOURCES: dict[str, tuple[type[Statistics], dict[str, dict[str, Any]], tuple[str, ...]]] = {
+_SOURCES: dict[str, tuple[Callable[..., Statistics], dict[str, dict[str, Any]], tuple[str, ...]]] = {
     # name: class, bare options and the fields they set, options with an integer value
     "ns": (NaiveSampling, {"between_steps": {"between_steps": True}}, ("minimum",)),
     "bs": (BatchSampling, {"between_steps": {"between_steps": True}}, ("minimum",)),
@@ -102,7 +103,8 @@ def _parse_term(term: str, text: str) -> tuple[float | None, Statistics]:
     if cls is VirtualDataset and not amount.isdecimal():
         raise _error(text, f"vdn takes a whole number of samples, got {amount!r}")
     try:
-        return share, cls(int(amount) if cls is VirtualDataset else _number(amount, text), **fields)  # pyright: ignore[reportCallIssue]
+        size: Any = int(amount) if cls is VirtualDataset else _number(amount, text)
+        return share, cls(size, **fields)
     except ValueError as error:
         raise _error(text, str(error)) from None
 

@@ -1,7 +1,7 @@
 """Sources of statistics: frozen values that turn a tensor's shape into the regions that feed mean and variance.
 
-A region is a strided box: for the samples and for each spatial dimension a start, a span of possible starts, a count and
-a step; it always holds all channels. The element at index i of the box along a dimension lies at
+A region is a strided box: for the samples and for each spatial dimension a start, a span of possible starts, a count
+and a step; it always holds all channels. The element at index i of the box along a dimension lies at
 
     start + draw % span + i * step
 
@@ -42,20 +42,20 @@ class Regions(NamedTuple):
 
 
 class Statistics:
-    """A source of statistics: which elements of a tensor tell a BN layer its mean and variance."""
+    """A source of statistics: which elements of a tensor tell a BN layer its mean and variance.
+
+    ``between_steps`` says whether the moving variance adds the variance of the sampled mean between steps.
+    """
+
+    between_steps: bool = False
 
     @property
     def virtual(self) -> int:
         """How many virtual samples this source wants appended to the batch."""
         return 0
 
-    @property
-    def between_steps(self) -> bool:
-        """Whether the moving variance adds the variance of the sampled mean between steps."""
-        return False
-
     def boxes(self, shape: Sequence[int], place: int) -> tuple[tuple[tuple[int, ...], float], ...]:
-        """Give (box, weight) for each region of an (N, C, *spatial) shape whose last ``virtual`` samples are virtual."""
+        """Give (box, weight) for each region of an (N, C, *spatial) shape; its last ``virtual`` samples are virtual."""
         raise NotImplementedError
 
     def regions(self, shape: Sequence[int], place: int = 0) -> Regions:
@@ -77,8 +77,10 @@ class Statistics:
 
 
 def _regions(source: Statistics, shape: Sequence[int], place: int) -> Regions:
+    if 0 in shape:
+        return Regions((), (), 0, 1.0)
     pairs = source.boxes(shape, place)
-    inverse_count = sum(weight * weight / max(1, _count(box)) for box, weight in pairs)
+    inverse_count = sum(weight * weight / _count(box) for box, weight in pairs)
     if len(pairs) == 1 and _count(pairs[0][0]) == math.prod(_sampled_dimensions(shape)):
         return Regions((), (), 0, inverse_count)
     flat = tuple(number for box, _ in pairs for number in box)
@@ -120,8 +122,8 @@ class _Sampling(Statistics):
     Args:
         fraction: the share of the elements that is sampled, in (0, 1].
         minimum: the least number of elements a channel; where the fraction gives fewer, more are taken, up to all.
-        between_steps: add the variance of the sampled mean between steps, m (1 - m) (mean_S - running_mean)^2 with m the
-            momentum, to the moving variance, which otherwise estimates the variance within a sample alone.
+        between_steps: add the variance of the sampled mean between steps, m (1 - m) (mean_S - running_mean)^2 with m
+            the momentum, to the moving variance, which otherwise estimates the variance within a sample alone.
     """
 
     fraction: float
@@ -184,8 +186,8 @@ class _SpatialSampling(_Sampling):
     """What patch and grid share: the same positions in every feature map of every sample.
 
     Args:
-        position: "fixed" keeps each layer's place for the whole training; it is a pure function of ``seed``, the layer's
-            name and the map's size. "step" draws a new place in each step.
+        position: "fixed" keeps each layer's place for the whole training; it is a pure function of ``seed``, the
+            layer's name and the map's size. "step" draws a new place in each step.
         seed: moves all fixed places.
     """
 
@@ -204,15 +206,15 @@ class _SpatialSampling(_Sampling):
     def boxes(self, shape, place):
         """Give one region: a patch or a grid; along the samples where there is no spatial dimension."""
         sizes = _sampled_dimensions(shape)
-        sampled = sizes[1:] or sizes
+        sampled = sizes[1:] or sizes  # an (N, C) tensor has nothing but samples
+        repeats = 1 if sampled is sizes else sizes[0]
         target = self.fraction * math.prod(sampled)
-        if len(sizes) > 1 and sizes[0] > 0 and target * sizes[0] < self.minimum:
-            target = min(self.minimum / sizes[0], math.prod(sampled))
-        elif len(sizes) == 1:
-            target = min(max(target, self.minimum), sizes[0])
-        box = () if sampled is sizes else (0, 1, sizes[0], 1)
+        if target * repeats < self.minimum:
+            target = min(self.minimum / repeats, math.prod(sampled))
+        box: tuple[int, ...] = () if sampled is sizes else (0, 1, repeats, 1)
         for d, (size, count) in enumerate(zip(sampled, _counts(sampled, target), strict=True)):
             step = self._step(size, count)
+            count = min(count, (size - 1) // step + 1)
             span = size - (count - 1) * step
             start = 0
             if self.position == "fixed":
@@ -244,7 +246,7 @@ class GridSampling(_SpatialSampling):
     """Every k-th row and column, the same ones in every feature map of every sample."""
 
     def _step(self, size: int, count: int) -> int:
-        return size // count
+        return round(size / count)
 
     def __str__(self) -> str:
         return self._spell("grid")
@@ -335,16 +337,12 @@ class WeightedSum(Statistics):
             raise ValueError(f"WeightedSum needs one positive weight for each source, got {self.weights!r}")
         total = math.fsum(weights)
         object.__setattr__(self, "weights", tuple(weight / total for weight in weights))
+        object.__setattr__(self, "between_steps", any(source.between_steps for source in self.sources))
 
     @property
     def virtual(self) -> int:
         """How many virtual samples this source wants appended to the batch."""
         return sum(source.virtual for source in self.sources)
-
-    @property
-    def between_steps(self) -> bool:
-        """Whether any of the sources adds the variance between steps."""
-        return any(source.between_steps for source in self.sources)
 
     def boxes(self, shape, place):
         """Give the regions of all sources; none but the virtual one sees the virtual samples."""

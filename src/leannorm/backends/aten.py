@@ -19,6 +19,12 @@ def _like(x: Tensor, value: Tensor) -> Tensor:
     return value if value.stride() == out.stride() else out.copy_(value)
 
 
+def _residual_gradient(x: Tensor, g: Tensor, dy: Tensor, wanted: bool) -> Tensor:
+    if not wanted:
+        return x.new_empty(0)
+    return g.clone() if g is dy else _like(x, g)
+
+
 def batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters):
     y, mean, var = definition.batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters)
     return _like(x, y), mean, var
@@ -102,7 +108,7 @@ def batch_norm_backward(
         _correct_(dx, xhat, scale, sum_g_xhat, sum_g, draw, boxes, weights)
     else:
         dx = _exact_dx(g, xhat, scale, sum_g_xhat, sum_g, max(1, x.numel() // max(1, x.shape[1])))
-    return _like(x, dx), sum_g_xhat, sum_g, _like(x, g) if residual_gradient else x.new_empty(0)
+    return _like(x, dx), sum_g_xhat, sum_g, _residual_gradient(x, g, dy, residual_gradient)
 
 
 def _backward_reduce(dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters):
@@ -128,13 +134,13 @@ def _backward_apply(
 ):
     g, xhat = _gradient(dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters)
     dx = _exact_dx(g, xhat, _scale(var, weight, eps), sum_g_xhat, sum_g, count)
-    return _like(x, dx), _like(x, g) if residual_gradient else x.new_empty(0)
+    return _like(x, dx), _residual_gradient(x, g, dy, residual_gradient)
 
 
 def _backward_fused(dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters, residual_gradient):
     g, xhat = _gradient(dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters)
     dx = per_channel(_scale(var, weight, eps), x) * g
-    return _like(x, dx), *_sums(g, xhat), _like(x, g) if residual_gradient else x.new_empty(0)
+    return _like(x, dx), *_sums(g, xhat), _residual_gradient(x, g, dy, residual_gradient)
 
 
 def _correct(dx, x, mean, var, weight, sum_g_xhat, sum_g, eps, draw, boxes, weights):

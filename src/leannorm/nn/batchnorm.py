@@ -37,10 +37,10 @@ class SampledBatchNorm(_BatchNorm):
 
     .. math:: y = act(\gamma (x - \mu) / \sqrt{\sigma^2 + eps} + \beta + residual)
 
-    In training, mean and variance are those of the elements that ``statistics`` tells, and move the running statistics by
-    ``momentum`` (None: their cumulative average); the running variance takes the unbiased estimate. In eval mode, and when
-    frozen, the running statistics are used, by PyTorch's plain operators. In the recomputation of a checkpointed forward
-    (any forward inside a backward pass) the running statistics do not move.
+    In training, mean and variance are those of the elements that ``statistics`` tells, and move the running statistics
+    by ``momentum`` (None: their cumulative average); the running variance takes the unbiased estimate. In eval mode,
+    and when frozen, the running statistics are used, by PyTorch's plain operators. In the recomputation of a
+    checkpointed forward (any forward inside a backward pass) the running statistics do not move.
 
     Args:
         num_features: C, the number of channels.

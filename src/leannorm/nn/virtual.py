@@ -22,8 +22,8 @@ class VirtualMark:
 class VirtualEntry:
     """The pair of hooks on a converted model that appends virtual samples and strips them.
 
-    Only in training mode. Every floating tensor among the arguments that has the batch's leading size is extended; every
-    tensor in the output must have the extended leading size.
+    Only in training mode. Every floating tensor among the arguments that has the batch's leading size is extended;
+    every tensor in the output must have the extended leading size.
     """
 
     def __init__(self, source: VirtualDataset, mark: VirtualMark) -> None:
@@ -74,7 +74,7 @@ class VirtualEntry:
                 if leaf.ndim == 0 or leaf.shape[0] != rows:
                     raise ValueError(
                         f"virtual samples cannot be stripped from an output of shape {tuple(leaf.shape)}: its leading "
-                        f"size is not the extended batch, {rows}; return one entry a sample and reduce outside the model"
+                        f"size is not the extended batch, {rows}; return one entry a sample, reduce outside"
                     )
                 return leaf[: rows - self.source.samples]
             if leaf is None or isinstance(leaf, bool | int | float | str):
@@ -101,6 +101,15 @@ class VirtualEntry:
         return drawn
 
 
+def is_entry(module: nn.Module) -> bool:
+    """Whether a module's own call appends virtual samples."""
+    return any(map(_of_entry, module._forward_pre_hooks.values()))
+
+
+def _of_entry(hook: Any) -> bool:
+    return isinstance(getattr(hook, "__self__", None), VirtualEntry)
+
+
 def detach_entries(model: nn.Module) -> int:
     """Remove every virtual entry from a model and its parts; give their number."""
     removed = 0
@@ -110,7 +119,7 @@ def detach_entries(model: nn.Module) -> int:
             (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
         ):
             for key, hook in list(hooks.items()):
-                if isinstance(getattr(hook, "__self__", None), VirtualEntry):
+                if _of_entry(hook):
                     del hooks[key]
                     for other in others:
                         other.pop(key, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from leannorm.ops import definition
 from leannorm.ops.contract import library, takes_output
@@ -57,7 +58,7 @@ def _differentiable_backward(ctx, dy):
         x, weight, bias, residual, draw, boxes, weights, eps, activation, () if not activation else parameters
     )
     found = torch.autograd.grad(outputs[0], [inputs[i] for i in needed], dy, create_graph=True)
-    gradients = [None] * 10
+    gradients: list[Tensor | None] = [None] * 10
     for i, gradient in zip(needed, found, strict=True):
         gradients[i] = gradient
     if ctx.needs_input_grad[3] and gradients[3] is None:

@@ -41,7 +41,12 @@ def _per_channel(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[1], dtype=accumulation_dtype(x.dtype))
 
 
-# One fused operator a direction. backward takes y where `takes_output`, else the residual; dresidual is empty unless wanted.
+def _residual_gradient(x: Tensor, wanted: bool) -> Tensor:
+    return torch.empty_like(x) if wanted else x.new_empty(0)
+
+
+# One fused operator a direction. backward takes y where `takes_output`, else the residual; dresidual is empty unless
+# it is wanted.
 
 library.define(
     f"batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, {_PLACES}, float eps, {_ACTIVATION})"
@@ -61,25 +66,8 @@ library.define(
 
 
 @torch.library.register_fake("leannorm::batch_norm_backward", lib=library)
-def _(
-    dy,
-    x,
-    mean,
-    var,
-    weight,
-    bias,
-    residual,
-    y,
-    eps,
-    activation,
-    parameters,
-    draw,
-    boxes,
-    weights,
-    residual_gradient,
-):
-    dresidual = torch.empty_like(x) if residual_gradient else x.new_empty(0)
-    return torch.empty_like(x), _per_channel(x), _per_channel(x), dresidual
+def _(dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters, draw, boxes, weights, wanted):
+    return torch.empty_like(x), _per_channel(x), _per_channel(x), _residual_gradient(x, wanted)
 
 
 # The same in steps, for statistics that several processes share: between two steps their sums are reduced.
@@ -93,8 +81,8 @@ def _(x, draw, boxes, weights):
 
 
 library.define(
-    f"normalize(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? residual, float eps, {_ACTIVATION})"
-    " -> Tensor"
+    "normalize(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? residual, float eps,"
+    f" {_ACTIVATION}) -> Tensor"
 )
 
 
@@ -111,36 +99,21 @@ def _(dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters):
     return _per_channel(x), _per_channel(x)
 
 
-# dx = weight / sigma (g - (sum_g + xhat sum_g_xhat) / count): exact statistics, count elements a channel in all processes.
+# Exact statistics, count elements a channel in all processes:
+# dx = weight / sigma (g - (sum_g + xhat sum_g_xhat) / count).
 
 library.define(
-    f"backward_apply(Tensor dy, Tensor x, {_POINT}, Tensor sum_g_xhat, Tensor sum_g, Tensor count, bool residual_gradient)"
-    " -> (Tensor dx, Tensor dresidual)"
+    f"backward_apply(Tensor dy, Tensor x, {_POINT}, Tensor sum_g_xhat, Tensor sum_g, Tensor count,"
+    " bool residual_gradient) -> (Tensor dx, Tensor dresidual)"
 )
 
 
 @torch.library.register_fake("leannorm::backward_apply", lib=library)
-def _(
-    dy,
-    x,
-    mean,
-    var,
-    weight,
-    bias,
-    residual,
-    y,
-    eps,
-    activation,
-    parameters,
-    sum_g_xhat,
-    sum_g,
-    count,
-    residual_gradient,
-):
-    return torch.empty_like(x), torch.empty_like(x) if residual_gradient else x.new_empty(0)
+def _(dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters, sum_g_xhat, sum_g, count, wanted):
+    return torch.empty_like(x), _residual_gradient(x, wanted)
 
 
-# Sampled statistics: one pass writes dx = weight g / sigma and both sums; then `correct` changes the sampled elements alone.
+# Sampled statistics: one pass writes dx = weight g / sigma and both sums; then `correct` changes the sampled elements.
 
 library.define(
     f"backward_fused(Tensor dy, Tensor x, {_POINT}, bool residual_gradient)"
@@ -149,14 +122,13 @@ library.define(
 
 
 @torch.library.register_fake("leannorm::backward_fused", lib=library)
-def _(dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters, residual_gradient):
-    dresidual = torch.empty_like(x) if residual_gradient else x.new_empty(0)
-    return torch.empty_like(x), _per_channel(x), _per_channel(x), dresidual
+def _(dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters, wanted):
+    return torch.empty_like(x), _per_channel(x), _per_channel(x), _residual_gradient(x, wanted)
 
 
 library.define(
-    f"correct(Tensor dx, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor sum_g_xhat, Tensor sum_g, float eps, {_PLACES})"
-    " -> Tensor"
+    "correct(Tensor dx, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor sum_g_xhat, Tensor sum_g, float eps,"
+    f" {_PLACES}) -> Tensor"
 )
 
 

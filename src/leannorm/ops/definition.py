@@ -34,9 +34,9 @@ def activate(z: Tensor, activation: str, parameters: Sequence[float]) -> Tensor:
         case "relu":
             return F.relu(z)
         case "clamp":
-            return F.hardtanh(z, *parameters)
+            return F.hardtanh(z, parameters[0], parameters[1])
         case "leaky_relu":
-            return F.leaky_relu(z, *parameters)
+            return F.leaky_relu(z, parameters[0])
         case "silu":
             return F.silu(z)
         case "hardswish":

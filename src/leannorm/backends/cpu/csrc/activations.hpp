@@ -1,4 +1,4 @@
-// Activations on vectors: y = act(z), and g = dy act'(z).
+// Activations on vectors: y = act(z), and g = dy act'(z), where backward sees y in place of z if kTakesOutput.
 //
 // NaN passes through each as it does in torch: comparisons are written so that they fail on NaN.
 #pragma once
@@ -30,6 +30,7 @@ inline Vec exp(Vec x) {
 
 // Identity, relu and clamp: a bound that is NaN does not bind.
 struct Clamp {
+  static constexpr bool kTakesOutput = true;
   Vec low, high;
   explicit Clamp(const Activation& a) : low(broadcast(a.first)), high(broadcast(a.second)) {}
   Vec operator()(Vec z) const {
@@ -43,6 +44,7 @@ struct Clamp {
 };
 
 struct LeakyRelu {
+  static constexpr bool kTakesOutput = true;
   Vec slope;
   explicit LeakyRelu(const Activation& a) : slope(broadcast(a.first)) {}
   Vec operator()(Vec z) const { return z > 0.0f ? z : z * slope; }
@@ -50,6 +52,7 @@ struct LeakyRelu {
 };
 
 struct Hardswish {
+  static constexpr bool kTakesOutput = false;
   explicit Hardswish(const Activation&) {}
   Vec operator()(Vec z) const {
     Vec gate = z + 3.0f;
@@ -64,7 +67,7 @@ struct Hardswish {
   }
 };
 
-// The smooth ones are z cdf(z) with the derivative cdf(z) + z pdf(z); Distribution gives both.
+// The smooth ones are z cdf(z) with the derivative cdf(z) + z pdf(z); a distribution gives both.
 struct Density {
   Vec cdf, pdf;
 };
@@ -109,6 +112,7 @@ struct Normal {
 
 template <class Distribution>
 struct Gated {
+  static constexpr bool kTakesOutput = false;
   explicit Gated(const Activation&) {}
   Vec operator()(Vec z) const { return z * Distribution::at(z).cdf; }
   Vec backward(Vec dy, Vec z) const {

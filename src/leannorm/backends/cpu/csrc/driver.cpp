@@ -7,6 +7,7 @@
 #include <functional>
 #include <numeric>
 #include <optional>
+#include <vector>
 
 #include "places.hpp"
 
@@ -16,8 +17,12 @@ namespace {
 constexpr int64_t kSerial = 1 << 14;       // elements below which a second thread costs more than it saves
 constexpr int64_t kPiece = 1 << 16;        // elements of a plane that are one unit of work
 constexpr int64_t kWidth = 256;            // lanes that a row should have at least
-constexpr int64_t kRowChunk = 1 << 15;     // elements of rows that are one step
+constexpr int64_t kChunk = 1 << 15;        // elements that are one step of a thread
 constexpr int64_t kCacheBytes = 24 << 20;  // outputs beyond this are written around the caches
+
+int64_t product(const std::vector<int64_t>& sizes) {
+  return std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, std::multiplies<>());
+}
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -38,24 +43,18 @@ struct Range {
 
 Range share_of(int64_t n, int thread, int threads) { return {n * thread / threads, n * (thread + 1) / threads}; }
 
-// The geometry of a problem, and how it is cut.
-struct Layout {
+// How a problem is cut into units and these over threads.
+struct Layout : Geometry {
   bool rows;
-  int64_t samples, channels, spatial;
-  int64_t fold = 1;    // rows that are taken as one wide row
-  int64_t pieces = 1;  // of a plane
   int threads;
 
   explicit Layout(const Problem& p)
-      : rows(p.channels_last),
-        samples(p.sizes[0]),
-        channels(p.channels),
-        spatial(std::accumulate(p.sizes.begin() + 1, p.sizes.end(), int64_t{1}, std::multiplies<>())) {
+      : Geometry{p.sizes[0], p.channels, product(p.sizes) / p.sizes[0], 1, 1}, rows(p.channels_last) {
     threads = elements() < kSerial || omp_in_parallel() ? 1 : omp_get_max_threads();
     if (rows) {
       const int64_t whole = 32 / std::gcd(channels, int64_t{32});  // makes wide rows whole vectors and cache lines
       fold = whole * std::max<int64_t>(1, kWidth / (channels * whole));
-      if (channels * fold > 16 * kWidth) fold = 1;
+      if (width() > 16 * kWidth) fold = 1;
     } else {
       pieces = divide_up(spatial, kPiece);
     }
@@ -63,40 +62,23 @@ struct Layout {
 
   int64_t elements() const { return samples * channels * spatial; }
   int64_t count() const { return samples * spatial; }
-  int64_t width() const { return channels * fold; }
-  int64_t wide_rows() const { return count() / fold; }
-  int64_t rest() const { return count() % fold; }
-  int64_t planes() const { return samples * channels; }
+  int64_t units() const { return rows ? count() / fold : samples * channels * pieces; }
+  int64_t rest() const { return rows ? count() % fold : 0; }  // rows that fill no wide row
+  int64_t rest_offset() const { return units() * width(); }
 
-  // Partial statistics: for each thread its wide rows, and the rows that are left; or for each piece of each sample.
+  // Partial statistics: for each thread its wide rows, and the rest; or for each piece of each sample.
   int64_t parts() const { return rows ? threads * fold + 1 : samples * pieces; }
 
-  // Calls body(first row, rows, thread, backwards) for steps of wide rows, body's thread owning them.
+  // Calls body(begin, end, thread) for chunks of units, in memory's order or against it.
   template <class Body>
-  void each_rows(bool reverse, Body body) const {
-    const int64_t step = std::max<int64_t>(1, kRowChunk / width());
-    parallel(threads, [&](int t) {
-      const auto [begin, end] = share_of(wide_rows(), t, threads);
-      const int64_t steps = divide_up(end - begin, step);
-      for (int64_t s = 0; s < steps; ++s) {
-        const int64_t first = begin + (reverse ? steps - 1 - s : s) * step;
-        body(first, std::min(step, end - first), t);
-      }
-    });
-  }
-
-  // Calls body(offset, length, channel, part) for the pieces of planes in memory's order, or against it.
-  template <class Body>
-  void each_piece(bool reverse, Body body) const {
-    parallel(threads, [&](int t) {
-      const int64_t units = planes() * pieces;
-      const auto [begin, end] = share_of(units, t, threads);
-      for (int64_t k = begin; k < end; ++k) {
-        const int64_t unit = reverse ? begin + end - 1 - k : k;
-        const int64_t plane = unit / pieces, piece = unit % pieces;
-        const Range range = share_of(spatial, piece, pieces);
-        body(plane * spatial + range.begin, range.end - range.begin, plane % channels,
-             (plane / channels) * pieces + piece);
+  void each_chunk(bool reverse, Body body) const {
+    const int64_t chunk = std::max<int64_t>(1, kChunk * units() / elements());
+    parallel(threads, [&](int thread) {
+      const auto [begin, end] = share_of(units(), thread, threads);
+      const int64_t chunks = divide_up(end - begin, chunk);
+      for (int64_t k = 0; k < chunks; ++k) {
+        const int64_t first = begin + (reverse ? chunks - 1 - k : k) * chunk;
+        body(first, std::min(first + chunk, end), thread);
       }
     });
   }
@@ -108,26 +90,29 @@ struct Partials {
   std::vector<double> first, second, counts;
   Partials(int64_t parts, int64_t channels)
       : parts(parts), channels(channels), first(parts * channels), second(parts * channels), counts(parts) {}
-  int64_t at(int64_t part, int64_t channel = 0) const { return part * channels + channel; }
+  Sums at(int64_t part, int64_t channel = 0) {
+    return {&first[part * channels + channel], &second[part * channels + channel]};
+  }
 };
 
-// Per-channel values, repeated for wide rows and padded.
+// Per-channel values, to be repeated for wide rows and padded.
 struct ChannelBuffers {
-  int64_t channels, padded;
+  int64_t channels, width, padded;
   std::vector<float> values;
-  ChannelBuffers(int64_t channels, int64_t width) : channels(channels), padded(width + 64), values(5 * padded) {}
-  float* mean() { return &values[0]; }
-  float* scale() { return &values[padded]; }
-  float* bias() { return &values[2 * padded]; }
-  float* centre() { return &values[3 * padded]; }
-  float* slope() { return &values[4 * padded]; }
-  void repeat(int64_t width) {
-    for (int k = 0; k < 5; ++k) {
-      float* v = &values[k * padded];
-      for (int64_t i = channels; i < width; ++i) v[i] = v[i - channels];
-    }
+  float *mean, *scale, *bias, *centre, *slope;
+
+  explicit ChannelBuffers(const Geometry& g)
+      : channels(g.channels), width(g.width()), padded(width + 64), values(5 * padded) {
+    float* p = values.data();
+    for (float** buffer : {&mean, &scale, &bias, &centre, &slope}) *buffer = p, p += padded;
   }
-  Channels view() { return {mean(), scale(), bias(), centre(), slope()}; }
+
+  Channels view() {
+    if (width > channels)
+      for (float* v : {mean, scale, bias, centre, slope})
+        for (int64_t i = channels; i < width; ++i) v[i] = v[i - channels];
+    return {mean, scale, bias, centre, slope};
+  }
 };
 
 float inverse_deviation(float var, double eps) { return static_cast<float>(1 / std::sqrt(var + eps)); }
@@ -139,63 +124,70 @@ std::optional<Places> places_of(const Problem& p, const Layout& layout) {
   return places;
 }
 
-Partials moments_of_all(const Kernels& kernels, const Problem& p, const Layout& layout) {
+Partials moments_of_all(const Kernels& kernels, const Tensors& t, const Layout& layout) {
   Partials parts(layout.parts(), layout.channels);
-  const Tensors& t = p.tensors;
-  if (layout.rows) {
-    const int64_t width = layout.width(), fold = layout.fold;
-    parallel(layout.threads, [&](int thread) {
-      std::vector<float> scratch(scratch_size(width));
-      const auto [begin, end] = share_of(layout.wide_rows(), thread, layout.threads);
-      const int64_t at = parts.at(thread * fold);
-      kernels.moments_rows(t.dtype, t.x, begin * width, end - begin, width, nullptr, nullptr,
-                           {&parts.first[at], &parts.second[at]}, scratch.data());
-      for (int64_t k = 0; k < fold; ++k) parts.counts[thread * fold + k] = static_cast<double>(end - begin);
-    });
-    std::vector<float> scratch(scratch_size(layout.channels));
-    const int64_t last = parts.parts - 1, at = parts.at(last);
-    kernels.moments_rows(t.dtype, t.x, layout.wide_rows() * width, layout.rest(), layout.channels, nullptr, nullptr,
-                         {&parts.first[at], &parts.second[at]}, scratch.data());
-    parts.counts[last] = static_cast<double>(layout.rest());
-  } else {
-    layout.each_piece(false, [&](int64_t offset, int64_t length, int64_t channel, int64_t part) {
-      const int64_t at = parts.at(part, channel);
-      kernels.moments_plane(t.dtype, t.x, offset, length, nullptr, nullptr, {&parts.first[at], &parts.second[at]});
+  if (!layout.rows) {
+    layout.each_chunk(false, [&](int64_t begin, int64_t end, int) {
+      kernels.moments_planes(t, layout, begin, end, parts.at(0));
     });
     for (int64_t part = 0; part < parts.parts; ++part) {
-      const Range range = share_of(layout.spatial, part % layout.pieces, layout.pieces);
-      parts.counts[part] = static_cast<double>(range.end - range.begin);
+      const Range piece = share_of(layout.spatial, part % layout.pieces, layout.pieces);
+      parts.counts[part] = static_cast<double>(piece.end - piece.begin);
     }
+    return parts;
   }
+  const int64_t width = layout.width(), last = parts.parts - 1;
+  parallel(layout.threads, [&](int thread) {
+    std::vector<float> scratch(scratch_size(width));
+    const auto [begin, end] = share_of(layout.units(), thread, layout.threads);
+    const int64_t part = thread * layout.fold;
+    kernels.moments_rows(t, begin * width, end - begin, width, parts.at(part), scratch.data());
+    std::fill_n(&parts.counts[part], layout.fold, static_cast<double>(end - begin));
+    if (thread == 0)
+      kernels.moments_rows(t, layout.rest_offset(), layout.rest(), layout.channels, parts.at(last), scratch.data());
+  });
+  parts.counts[last] = static_cast<double>(layout.rest());
   return parts;
 }
 
-Partials moments_of_places(const Kernels& kernels, const Problem& p, const Layout& layout, const Places& places) {
-  const Tensors& t = p.tensors;
-  const int64_t channels = layout.channels, sampled = static_cast<int64_t>(places.positions.size());
-  const int threads = sampled * channels < kSerial ? 1 : layout.threads;
-  Partials parts(layout.rows ? threads : layout.samples, channels);
-  if (layout.rows) {
-    parallel(threads, [&](int thread) {
-      std::vector<float> scratch(scratch_size(channels));
-      const auto [begin, end] = share_of(sampled, thread, threads);
-      const int64_t at = parts.at(thread);
-      kernels.moments_rows(t.dtype, t.x, 0, end - begin, channels, &places.positions[begin], &places.weights[begin],
-                           {&parts.first[at], &parts.second[at]}, scratch.data());
-      parts.counts[thread] = std::accumulate(&places.weights[begin], &places.weights[end], 0.0);
-    });
-  } else {
-    parallel(threads, [&](int thread) {
-      const auto [begin, end] = share_of(layout.planes(), thread, threads);
-      for (int64_t plane = begin; plane < end; ++plane) {
-        const int64_t sample = plane / channels, first = places.first[sample];
-        kernels.moments_plane(t.dtype, t.x, plane * layout.spatial, places.first[sample + 1] - first,
-                              places.positions.data() + first, places.weights.data() + first,
-                              {&parts.first[plane], &parts.second[plane]});
-      }
-    });
+// Calls body(sample, its places, offset of the first plane, begin, end) for ranges of channels that a thread owns.
+template <class Body>
+void each_sampled_planes(const Layout& layout, const Places& places, int threads, Body body) {
+  parallel(threads, [&](int thread) {
+    const int64_t channels = layout.channels;
+    const auto [first, last] = share_of(layout.samples * channels, thread, threads);
+    for (int64_t plane = first; plane < last;) {
+      const int64_t sample = plane / channels, begin = plane % channels;
+      const int64_t end = std::min(channels, begin + last - plane);
+      const Sampled sampled = places.of_sample(sample);
+      if (sampled.count) body(sample, sampled, plane * layout.spatial, begin, end);
+      plane += end - begin;
+    }
+  });
+}
+
+int threads_for(const Layout& layout, const Places& places) {
+  return static_cast<int64_t>(places.positions.size()) * layout.channels < kSerial ? 1 : layout.threads;
+}
+
+Partials moments_of_places(const Kernels& kernels, const Tensors& t, const Layout& layout, const Places& places) {
+  const int threads = threads_for(layout, places);
+  Partials parts(layout.rows ? threads : layout.samples, layout.channels);
+  if (!layout.rows) {
+    each_sampled_planes(layout, places, threads,
+                        [&](int64_t sample, Sampled sampled, int64_t plane, int64_t begin, int64_t end) {
+                          kernels.moments_sampled_planes(t, layout.spatial, plane, begin, end, sampled,
+                                                         parts.at(sample));
+                        });
     parts.counts = places.counts;
+    return parts;
   }
+  parallel(threads, [&](int thread) {
+    std::vector<float> scratch(scratch_size(layout.channels));
+    const auto [begin, end] = share_of(static_cast<int64_t>(places.positions.size()), thread, threads);
+    kernels.moments_sampled_rows(t, layout.channels, places.of_range(begin, end), parts.at(thread), scratch.data());
+    parts.counts[thread] = std::accumulate(places.weights.data() + begin, places.weights.data() + end, 0.0);
+  });
   return parts;
 }
 
@@ -209,19 +201,19 @@ void over_channels(const Partials& parts, int threads, Body body) {
   });
 }
 
-void finish_moments(const Partials& parts, Range range, float* mean, float* var) {
+void finish_moments(Partials& parts, Range range, float* mean, float* var) {
   const int64_t n = range.end - range.begin;
   const double count = std::accumulate(parts.counts.begin(), parts.counts.end(), 0.0);
   std::vector<double> means(n), squares(n);
   for (int64_t part = 0; part < parts.parts; ++part) {
-    const double* sum = &parts.first[parts.at(part, range.begin)];
+    const double* sum = parts.at(part, range.begin).first;
     for (int64_t c = 0; c < n; ++c) means[c] += sum[c];
   }
   for (int64_t c = 0; c < n; ++c) means[c] /= count;
   for (int64_t part = 0; part < parts.parts; ++part) {
     const double weight = parts.counts[part];
     if (weight == 0) continue;
-    const double *sum = &parts.first[parts.at(part, range.begin)], *square = &parts.second[parts.at(part, range.begin)];
+    const auto [sum, square] = parts.at(part, range.begin);
     for (int64_t c = 0; c < n; ++c) {
       const double distance = sum[c] / weight - means[c];
       squares[c] += square[c] + weight * distance * distance;
@@ -254,50 +246,45 @@ Tensors without_streaming(Tensors t) {
 
 void set_point(const Problem& p, Range range, const float* mean, const float* var, ChannelBuffers& buffers) {
   for (int64_t c = range.begin; c < range.end; ++c) {
-    buffers.mean()[c] = mean[c];
-    buffers.scale()[c] = inverse_deviation(var[c], p.eps) * (p.weight ? p.weight[c] : 1.0f);
-    buffers.bias()[c] = p.bias ? p.bias[c] : 0.0f;
+    buffers.mean[c] = mean[c];
+    buffers.scale[c] = inverse_deviation(var[c], p.eps) * (p.weight ? p.weight[c] : 1.0f);
+    buffers.bias[c] = p.bias ? p.bias[c] : 0.0f;
   }
 }
 
-// One pass that reads x and dy; its sums are added up per part.
+// One pass that reads x and dy; exact ones begin with what the pass before has left in the cache.
 void backward_pass(const Kernels& kernels, const Tensors& t, const Layout& layout, const Channels& channels,
-                   Backward mode, Partials* parts) {
-  const bool reverse = mode == Backward::exact;  // begins with what the pass before has left in the cache
-  const auto sums = [&](int64_t at) { return parts ? Sums{&parts->first[at], &parts->second[at]} : Sums{}; };
-  if (layout.rows) {
-    const int64_t width = layout.width();
-    std::vector<float> scratch(scratch_size(width) * layout.threads);
-    layout.each_rows(reverse, [&](int64_t first, int64_t rows, int thread) {
-      kernels.backward_rows(t, channels, mode, first * width, rows, width,
-                            sums(thread * layout.fold * layout.channels), &scratch[thread * scratch_size(width)]);
+                   Backward mode, Partials& parts) {
+  const bool reverse = mode == Backward::exact;
+  if (!layout.rows) {
+    layout.each_chunk(reverse, [&](int64_t begin, int64_t end, int) {
+      kernels.backward_planes(t, channels, mode, layout, begin, end, parts.at(0));
     });
-    kernels.backward_rows(without_streaming(t), channels, mode, layout.wide_rows() * width, layout.rest(),
-                          layout.channels, sums((layout.parts() - 1) * layout.channels), scratch.data());
-  } else {
-    layout.each_piece(reverse, [&](int64_t offset, int64_t length, int64_t channel, int64_t part) {
-      kernels.backward_plane(t, channels, mode, offset, length, channel, sums(part * layout.channels + channel));
-    });
+    return;
   }
+  const int64_t width = layout.width(), size = scratch_size(width);
+  std::vector<float> scratch(size * layout.threads);
+  layout.each_chunk(reverse, [&](int64_t begin, int64_t end, int thread) {
+    kernels.backward_rows(t, channels, mode, begin * width, end - begin, width, parts.at(thread * layout.fold),
+                          &scratch[thread * size]);
+  });
+  kernels.backward_rows(without_streaming(t), channels, mode, layout.rest_offset(), layout.rest(), layout.channels,
+                        parts.at(parts.parts - 1), scratch.data());
 }
 
 void correct(const Kernels& kernels, const Tensors& t, const Layout& layout, const Channels& channels,
              const Places& places) {
-  const int64_t sampled = static_cast<int64_t>(places.positions.size());
-  const int threads = sampled * layout.channels < kSerial ? 1 : layout.threads;
+  const int threads = threads_for(layout, places);
+  if (!layout.rows) {
+    each_sampled_planes(layout, places, threads,
+                        [&](int64_t, Sampled sampled, int64_t plane, int64_t begin, int64_t end) {
+                          kernels.correct_planes(t, channels, layout.spatial, plane, begin, end, sampled);
+                        });
+    return;
+  }
   parallel(threads, [&](int thread) {
-    if (layout.rows) {
-      const auto [begin, end] = share_of(sampled, thread, threads);
-      kernels.correct_rows(t, channels, layout.channels, &places.positions[begin], &places.weights[begin], end - begin);
-      return;
-    }
-    const auto [begin, end] = share_of(layout.planes(), thread, threads);
-    for (int64_t plane = begin; plane < end; ++plane) {
-      const int64_t sample = plane / layout.channels, first = places.first[sample];
-      kernels.correct_plane(t, channels, plane * layout.spatial, plane % layout.channels,
-                            places.positions.data() + first, places.weights.data() + first,
-                            places.first[sample + 1] - first);
-    }
+    const auto [begin, end] = share_of(static_cast<int64_t>(places.positions.size()), thread, threads);
+    kernels.correct_rows(t, channels, layout.channels, places.of_range(begin, end));
   });
 }
 
@@ -306,63 +293,53 @@ void correct(const Kernels& kernels, const Tensors& t, const Layout& layout, con
 void batch_norm(const Kernels& kernels, const Problem& p, float* mean, float* var) {
   const Layout layout(p);
   const auto places = places_of(p, layout);
-  const Partials parts =
-      places ? moments_of_places(kernels, p, layout, *places) : moments_of_all(kernels, p, layout);
-  ChannelBuffers buffers(layout.channels, layout.width());
+  const Tensors t = with_streaming(p, layout);
+  Partials parts = places ? moments_of_places(kernels, t, layout, *places) : moments_of_all(kernels, t, layout);
+  ChannelBuffers buffers(layout);
   over_channels(parts, layout.threads, [&](Range range) {
     finish_moments(parts, range, mean, var);
     set_point(p, range, mean, var, buffers);
   });
-  buffers.repeat(layout.width());
-  const Tensors t = with_streaming(p, layout);
   const Channels channels = buffers.view();
-  const bool reverse = !places;
-  if (layout.rows) {
-    const int64_t width = layout.width();
-    layout.each_rows(reverse, [&](int64_t first, int64_t rows, int) {
-      kernels.forward_rows(t, channels, first * width, rows, width);
-    });
-    kernels.forward_rows(without_streaming(t), channels, layout.wide_rows() * width, layout.rest(), layout.channels);
-  } else {
-    layout.each_piece(reverse, [&](int64_t offset, int64_t length, int64_t channel, int64_t) {
-      kernels.forward_plane(t, channels, offset, length, channel);
-    });
-  }
+  layout.each_chunk(!places, [&](int64_t begin, int64_t end, int) {
+    if (!layout.rows) return kernels.forward_planes(t, channels, layout, begin, end);
+    kernels.forward_rows(t, channels, begin * layout.width(), end - begin, layout.width());
+  });
+  kernels.forward_rows(without_streaming(t), channels, layout.rest_offset(), layout.rest(), layout.channels);
 }
 
 void batch_norm_backward(const Kernels& kernels, const Problem& p, const float* mean, const float* var,
                          float* sum_g_xhat, float* sum_g) {
   const Layout layout(p);
   const auto places = places_of(p, layout);
-  ChannelBuffers buffers(layout.channels, layout.width());
-  set_point(p, {0, layout.channels}, mean, var, buffers);
-  buffers.repeat(layout.width());
-  Partials parts(layout.parts(), layout.channels);
   const Tensors t = with_streaming(p, layout);
-  backward_pass(kernels, t, layout, buffers.view(), places ? Backward::fused : Backward::reduce, &parts);
+  ChannelBuffers buffers(layout);
+  set_point(p, {0, layout.channels}, mean, var, buffers);
+  Partials parts(layout.parts(), layout.channels);
+  backward_pass(kernels, t, layout, buffers.view(), places ? Backward::fused : Backward::reduce, parts);
 
   const double count = places ? places->count : static_cast<double>(layout.count());
   over_channels(parts, layout.threads, [&](Range range) {
-    std::vector<double> g(range.end - range.begin), g_centred(range.end - range.begin);
-    for (int64_t part = 0; part < parts.parts; ++part)
-      for (int64_t c = range.begin; c < range.end; ++c) {
-        g[c - range.begin] += parts.first[parts.at(part, c)];
-        g_centred[c - range.begin] += parts.second[parts.at(part, c)];
-      }
+    std::vector<double> totals(2 * (range.end - range.begin));
+    double *g = totals.data() - range.begin, *g_centred = g + (range.end - range.begin);
+    for (int64_t part = 0; part < parts.parts; ++part) {
+      const auto [first, second] = parts.at(part);
+      for (int64_t c = range.begin; c < range.end; ++c) g[c] += first[c];
+      for (int64_t c = range.begin; c < range.end; ++c) g_centred[c] += second[c];
+    }
     for (int64_t c = range.begin; c < range.end; ++c) {
       const float rstd = inverse_deviation(var[c], p.eps);
-      const double xhat_sum = g_centred[c - range.begin] * rstd;
-      sum_g[c] = static_cast<float>(g[c - range.begin]);
-      sum_g_xhat[c] = static_cast<float>(xhat_sum);
-      buffers.centre()[c] = static_cast<float>(buffers.scale()[c] * g[c - range.begin] / count);
-      buffers.slope()[c] = static_cast<float>(buffers.scale()[c] * rstd * xhat_sum / count);
+      const double scale = buffers.scale[c] / count;
+      sum_g[c] = static_cast<float>(g[c]);
+      sum_g_xhat[c] = static_cast<float>(g_centred[c] * rstd);
+      buffers.centre[c] = static_cast<float>(scale * g[c]);
+      buffers.slope[c] = static_cast<float>(scale * rstd * rstd * g_centred[c]);
     }
   });
-  buffers.repeat(layout.width());
   if (places) {
     correct(kernels, without_streaming(t), layout, buffers.view(), *places);
   } else {
-    backward_pass(kernels, t, layout, buffers.view(), Backward::exact, nullptr);
+    backward_pass(kernels, t, layout, buffers.view(), Backward::exact, parts);
   }
 }
 

@@ -2,13 +2,14 @@
 #include "kernels.hpp"
 
 #include "activations.hpp"
+#include "moments.hpp"
 #include "simd.hpp"
 
 namespace leannorm::LEANNORM_ISA {
 namespace {
 
-constexpr int64_t kBlock = 4096;     // elements a lane-wise float sum may hold before it goes to double
-constexpr int64_t kBlockRows = 128;  // the same for rows
+constexpr int kRows = 4;           // taken together, so that per-channel values are read once for all
+constexpr int64_t kAhead = 8192;  // bytes
 
 // A channel's value for each lane: read from memory in channels-last, the same one in a plane.
 
@@ -19,7 +20,7 @@ struct PerLane {
 
 struct Uniform {
   Vec v;
-  Uniform(const float* p, int64_t channel) : v(broadcast(p ? p[channel] : 0.0f)) {}
+  Uniform(const float* p, int64_t channel) : v(broadcast(p[channel])) {}
   Vec operator()(int64_t) const { return v; }
 };
 
@@ -50,25 +51,6 @@ struct PlaneSums {
   }
 };
 
-template <class Body>
-void with_dtype(Dtype dtype, Body body) {
-  switch (dtype) {
-    case Dtype::float32: return body(Float32{});
-    case Dtype::bfloat16: return body(BFloat16{});
-    case Dtype::float16: return body(Float16{});
-  }
-}
-
-template <class T>
-const typename T::Scalar* at(const void* tensor, int64_t offset) {
-  return tensor ? static_cast<const typename T::Scalar*>(tensor) + offset : nullptr;
-}
-
-template <class T>
-typename T::Scalar* at(void* tensor, int64_t offset) {
-  return tensor ? static_cast<typename T::Scalar*>(tensor) + offset : nullptr;
-}
-
 template <class T>
 void put(typename T::Scalar* p, Vec v, bool around_caches, All all) {
   around_caches ? stream<T>(p, v) : store<T>(p, v, all);
@@ -79,62 +61,116 @@ void put(typename T::Scalar* p, Vec v, bool, Some some) {
   store<T>(p, v, some);
 }
 
-// Forward
+// Asks for memory ahead of time: the hardware's prefetching ends at each page. Rows that are taken together ask for those
+// that come next.
+template <class Scalar>
+struct Prefetch {
+  int64_t distance;
+  Prefetch(int64_t n, int rows) : distance(rows * n) {
+    if (distance * static_cast<int64_t>(sizeof(Scalar)) < kAhead) distance = kAhead / sizeof(Scalar);
+  }
+  void operator()(const Scalar* p) const { __builtin_prefetch(p + distance, 0, 2); }
+};
 
-template <class T, class Act, class Value>
-void forward_span(const Tensors& t, const Act& act, const Point<Value>& point, int64_t offset, int64_t n) {
-  const auto* x = at<T>(t.x, offset);
-  const auto* residual = at<T>(t.residual, offset);
+// Calls body(offset, rows as a constant) for rows, several at a time.
+template <class Body>
+void each_rows(int64_t offset, int64_t rows, int64_t width, Body body) {
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows) body(offset + r * width, Constant<kRows>{});
+  for (; r < rows; ++r) body(offset + r * width, Constant<1>{});
+}
+
+// Forward: `rows` stretches of n elements, `width` apart.
+
+template <class T, class Act, class Value, class Rows>
+void forward(const Tensors& t, const Act& act, const Point<Value>& point, int64_t offset, int64_t n, Rows rows) {
+  const auto *x = at<T>(t.x, offset), *residual = at<T>(t.residual, offset);
   auto* y = at<T>(t.out, offset);
   const bool around_caches = t.stream;
+  const Prefetch<typename T::Scalar> prefetch(n, rows.value);
   each_vector(n, [&](int64_t i, auto lanes) {
-    Vec z = (load<T>(x + i, lanes) - point.mean(i)) * point.scale(i) + point.bias(i);
-    if (residual) z += load<T>(residual + i, lanes);
-    put<T>(y + i, act(z), around_caches, lanes);
+    const Vec mean = point.mean(i), scale = point.scale(i), bias = point.bias(i);
+    for (int r = 0; r < rows.value; ++r) {
+      const int64_t k = r * n + i;
+      prefetch(x + k);
+      Vec z = (load<T>(x + k, lanes) - mean) * scale + bias;
+      if (residual) {
+        prefetch(residual + k);
+        z += load<T>(residual + k, lanes);
+      }
+      put<T>(y + k, act(z), around_caches, lanes);
+    }
   });
 }
 
 void forward_rows(const Tensors& t, const Channels& channels, int64_t offset, int64_t rows, int64_t width) {
   with_dtype(t.dtype, [&]<class T>(T) {
     with_activation(t.activation, [&](auto act) {
-      for (int64_t r = 0; r < rows; ++r) forward_span<T>(t, act, point_of(channels), offset + r * width, width);
+      const auto point = point_of(channels);
+      each_rows(offset, rows, width, [&](int64_t o, auto block) { forward<T>(t, act, point, o, width, block); });
     });
   });
 }
 
-void forward_plane(const Tensors& t, const Channels& channels, int64_t offset, int64_t length, int64_t channel) {
+void forward_planes(const Tensors& t, const Channels& channels, const Geometry& geometry, int64_t begin, int64_t end) {
   with_dtype(t.dtype, [&]<class T>(T) {
-    with_activation(t.activation,
-                    [&](auto act) { forward_span<T>(t, act, point_of(channels, channel), offset, length); });
+    with_activation(t.activation, [&](auto act) {
+      each_piece(geometry, begin, end, [&](Piece piece) {
+        forward<T>(t, act, point_of(channels, piece.channel), piece.offset, piece.length, Constant<1>{});
+      });
+    });
   });
 }
 
 // Backward
 
-template <class T, Backward kMode, class Act, class Value, class Accumulator>
-void backward_span(const Tensors& t, const Act& act, const Point<Value>& point, int64_t offset, int64_t n,
-                   Accumulator& sums, float weight = 1.0f) {
-  const auto *x = at<T>(t.x, offset), *dy = at<T>(t.dy, offset);
-  const auto *residual = at<T>(t.residual, offset), *y = at<T>(t.y, offset);
+template <class T, bool kExtra, class Act>
+struct Gradient {
+  const Act& act;
+  const typename T::Scalar *dy, *extra;  // extra: the residual, or the output where the activation takes it
+
+  Gradient(const Tensors& t, const Act& act, int64_t offset)
+      : act(act), dy(at<T>(t.dy, offset)), extra(at<T>(Act::kTakesOutput ? t.y : t.residual, offset)) {}
+
+  template <class Load>
+  Vec operator()(Vec centred, Vec scale, Vec bias, Load load_from) const {
+    if constexpr (kExtra && Act::kTakesOutput) return act.backward(load_from(dy), load_from(extra));
+    Vec z = centred * scale + bias;
+    if constexpr (kExtra) z += load_from(extra);
+    return act.backward(load_from(dy), z);
+  }
+};
+
+template <class T, Backward kMode, bool kExtra, class Act, class Value, class Accumulator, class Rows>
+void backward(const Tensors& t, const Act& act, const Point<Value>& point, int64_t offset, int64_t n, Rows rows,
+              Accumulator& sums, float weight = 1.0f) {
+  const auto* x = at<T>(t.x, offset);
+  const Gradient<T, kExtra, Act> gradient(t, act, offset);
   auto *dx = at<T>(t.out, offset), *dresidual = at<T>(t.dresidual, offset);
   const bool around_caches = t.stream;
+  const Prefetch<typename T::Scalar> prefetch(n, rows.value);
   each_vector(n, [&](int64_t i, auto lanes) {
-    const Vec centred = load<T>(x + i, lanes) - point.mean(i);
-    Vec z;
-    if (y) {
-      z = load<T>(y + i, lanes);
-    } else {
-      z = centred * point.scale(i) + point.bias(i);
-      if (residual) z += load<T>(residual + i, lanes);
+    const Vec mean = point.mean(i), scale = point.scale(i), bias = point.bias(i);
+    Vec centre, slope, sum{}, sum_centred{};
+    if constexpr (kMode == Backward::exact) centre = weight * point.centre(i), slope = weight * point.slope(i);
+    for (int r = 0; r < rows.value; ++r) {
+      const int64_t k = r * n + i;
+      prefetch(x + k);
+      prefetch(gradient.dy + k);
+      if constexpr (kExtra) prefetch(gradient.extra + k);
+      const Vec centred = load<T>(x + k, lanes) - mean;
+      const Vec g = gradient(centred, scale, bias, [&](const auto* p) { return load<T>(p + k, lanes); });
+      if constexpr (kMode != Backward::exact) {
+        sum += g;
+        sum_centred += g * centred;
+      }
+      if constexpr (kMode == Backward::reduce) continue;
+      Vec d = scale * g;
+      if constexpr (kMode == Backward::exact) d -= centre + slope * centred;
+      put<T>(dx + k, d, around_caches, lanes);
+      if (dresidual) put<T>(dresidual + k, g, around_caches, lanes);
     }
-    const Vec g = act.backward(load<T>(dy + i, lanes), z);
-    if constexpr (kMode != Backward::exact) sums.add(i, g, g * centred);
-    if constexpr (kMode != Backward::reduce) {
-      Vec d = point.scale(i) * g;
-      if constexpr (kMode == Backward::exact) d -= weight * (point.centre(i) + point.slope(i) * centred);
-      put<T>(dx + i, d, around_caches, lanes);
-      if (dresidual) put<T>(dresidual + i, g, around_caches, lanes);
-    }
+    if constexpr (kMode != Backward::exact) sums.add(i, sum, sum_centred);
   });
 }
 
@@ -147,50 +183,51 @@ void with_mode(Backward mode, Body body) {
   }
 }
 
-void clear(float* p, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) p[i] = 0;
-}
-
-void add_to(double* total, const float* part, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) total[i] += part[i];
+// Calls body<T, kExtra>(activation).
+template <class Body>
+void with_gradient(const Tensors& t, Body body) {
+  with_dtype(t.dtype, [&]<class T>(T) {
+    with_activation(t.activation, [&]<class Act>(Act act) {
+      if (Act::kTakesOutput ? t.y : t.residual) body.template operator()<T, true>(act);
+      else body.template operator()<T, false>(act);
+    });
+  });
 }
 
 void backward_rows(const Tensors& t, const Channels& channels, Backward mode, int64_t offset, int64_t rows,
                    int64_t width, Sums totals, float* scratch) {
   const int64_t part = scratch_size(width) / 3;
-  with_dtype(t.dtype, [&]<class T>(T) {
-    with_activation(t.activation, [&](auto act) {
-      with_mode(mode, [&]<Backward kMode>() {
-        LaneSums sums{scratch, scratch + part};
-        for (int64_t first = 0; first < rows; first += kBlockRows) {
-          if (kMode != Backward::exact) clear(scratch, 2 * part);
-          const int64_t last = rows < first + kBlockRows ? rows : first + kBlockRows;
-          for (int64_t r = first; r < last; ++r)
-            backward_span<T, kMode>(t, act, point_of(channels), offset + r * width, width, sums);
-          if (kMode != Backward::exact) {
-            add_to(totals.g, sums.g, width);
-            add_to(totals.g_centred, sums.g_centred, width);
-          }
-        }
-      });
+  with_gradient(t, [&]<class T, bool kExtra>(auto act) {
+    with_mode(mode, [&]<Backward kMode>() {
+      const auto point = point_of(channels);
+      LaneSums sums{scratch, scratch + part};
+      for (int64_t first = 0; first < rows; first += kBlockRows) {
+        if (kMode != Backward::exact) clear(scratch, 2 * part);
+        const int64_t count = rows - first < kBlockRows ? rows - first : kBlockRows;
+        each_rows(offset + first * width, count, width, [&](int64_t o, auto block) {
+          backward<T, kMode, kExtra>(t, act, point, o, width, block, sums);
+        });
+        if (kMode == Backward::exact) continue;
+        for (int64_t i = 0; i < width; ++i) totals.first[i] += sums.g[i];
+        for (int64_t i = 0; i < width; ++i) totals.second[i] += sums.g_centred[i];
+      }
     });
   });
 }
 
-void backward_plane(const Tensors& t, const Channels& channels, Backward mode, int64_t offset, int64_t length,
-                    int64_t channel, Sums totals) {
-  with_dtype(t.dtype, [&]<class T>(T) {
-    with_activation(t.activation, [&](auto act) {
-      with_mode(mode, [&]<Backward kMode>() {
-        const auto point = point_of(channels, channel);
-        for (int64_t first = 0; first < length; first += kBlock) {
-          const int64_t n = length - first < kBlock ? length - first : kBlock;
+void backward_planes(const Tensors& t, const Channels& channels, Backward mode, const Geometry& geometry,
+                     int64_t begin, int64_t end, Sums totals) {
+  with_gradient(t, [&]<class T, bool kExtra>(auto act) {
+    with_mode(mode, [&]<Backward kMode>() {
+      each_piece(geometry, begin, end, [&](Piece piece) {
+        const auto point = point_of(channels, piece.channel);
+        for (int64_t first = 0; first < piece.length; first += kBlock) {
+          const int64_t n = piece.length - first < kBlock ? piece.length - first : kBlock;
           PlaneSums sums;
-          backward_span<T, kMode>(t, act, point, offset + first, n, sums);
-          if (kMode != Backward::exact) {
-            *totals.g += sum_of(sums.g);
-            *totals.g_centred += sum_of(sums.g_centred);
-          }
+          backward<T, kMode, kExtra>(t, act, point, piece.offset + first, n, Constant<1>{}, sums);
+          if (kMode == Backward::exact) continue;
+          totals.first[piece.sums] += sum_of(sums.g);
+          totals.second[piece.sums] += sum_of(sums.g_centred);
         }
       });
     });
@@ -199,145 +236,40 @@ void backward_plane(const Tensors& t, const Channels& channels, Backward mode, i
 
 // Correction of sampled elements: computed anew from x and dy, so that dx is rounded once.
 
-void correct_rows(const Tensors& t, const Channels& channels, int64_t width, const int64_t* positions,
-                  const float* weights, int64_t count) {
-  with_dtype(t.dtype, [&]<class T>(T) {
-    with_activation(t.activation, [&](auto act) {
-      PlaneSums unused;
-      for (int64_t s = 0; s < count; ++s)
-        backward_span<T, Backward::exact>(t, act, point_of(channels), positions[s] * width, width, unused, weights[s]);
-    });
+void correct_rows(const Tensors& t, const Channels& channels, int64_t width, Sampled sampled) {
+  with_gradient(t, [&]<class T, bool kExtra>(auto act) {
+    const auto point = point_of(channels);
+    PlaneSums unused;
+    for (int64_t s = 0; s < sampled.count; ++s)
+      backward<T, Backward::exact, kExtra>(t, act, point, sampled.positions[s] * width, width, Constant<1>{}, unused,
+                                           sampled.weights[s]);
   });
 }
 
-template <class T>
-Vec gather(const typename T::Scalar* p, const int64_t* positions, int count) {
-  typename T::Packed packed{};
-  for (int l = 0; l < count; ++l) {
-    typename T::Scalar value = p[positions[l]];
-    std::memcpy(reinterpret_cast<char*>(&packed) + l * sizeof value, &value, sizeof value);
-  }
-  return T::unpack(packed);
-}
-
-template <class T>
-void scatter(typename T::Scalar* p, const int64_t* positions, Vec v, int count) {
-  typename T::Scalar values[kLanes];
-  store<T>(values, v, All{});
-  for (int l = 0; l < count; ++l) p[positions[l]] = values[l];
-}
-
-void correct_plane(const Tensors& t, const Channels& channels, int64_t offset, int64_t channel,
-                   const int64_t* positions, const float* weights, int64_t count) {
-  with_dtype(t.dtype, [&]<class T>(T) {
-    with_activation(t.activation, [&](auto act) {
+void correct_planes(const Tensors& t, const Channels& channels, int64_t spatial, int64_t plane, int64_t begin,
+                    int64_t end, Sampled sampled) {
+  with_gradient(t, [&]<class T, bool kExtra>(auto act) {
+    for (int64_t channel = begin; channel < end; ++channel, plane += spatial) {
       const auto point = point_of(channels, channel);
-      const auto *x = at<T>(t.x, offset), *dy = at<T>(t.dy, offset);
-      const auto *residual = at<T>(t.residual, offset), *y = at<T>(t.y, offset);
-      auto* dx = at<T>(t.out, offset);
-      each_vector(count, [&](int64_t s, auto lanes) {
-        const int64_t* here = positions + s;
-        const Vec centred = gather<T>(x, here, lanes.count) - point.mean(0);
-        Vec z = centred * point.scale(0) + point.bias(0);
-        if (residual) z += gather<T>(residual, here, lanes.count);
-        if (y) z = gather<T>(y, here, lanes.count);
-        const Vec g = act.backward(gather<T>(dy, here, lanes.count), z);
-        const Vec share = load<Float32>(weights + s, lanes) * (point.centre(0) + point.slope(0) * centred);
-        scatter<T>(dx, here, point.scale(0) * g - share, lanes.count);
+      const auto* x = at<T>(t.x, plane);
+      auto* dx = at<T>(t.out, plane);
+      const Gradient<T, kExtra, decltype(act)> gradient(t, act, plane);
+      each_vector(sampled.count, [&](int64_t s, auto lanes) {
+        const auto load_from = [&](const auto* p) { return gather<T>(p, sampled.positions + s, lanes); };
+        const Vec centred = load_from(x) - point.mean.v;
+        const Vec g = gradient(centred, point.scale.v, point.bias.v, load_from);
+        const Vec share = load<Float32>(sampled.weights + s, lanes) * (point.centre.v + point.slope.v * centred);
+        scatter<T>(dx, sampled.positions + s, point.scale.v * g - share, lanes);
       });
-    });
-  });
-}
-
-// Moments: a block that stays in the cache is read twice, the second time centred, then merged (Chan et al.). The centre
-// is the block's mean but for rounding, which the sum of the centred values corrects.
-
-struct Merging {
-  double inverse_count, inverse_block, block_count, between;
-  Merging(double count, double block)
-      : inverse_count(count > 0 ? 1 / count : 0),
-        inverse_block(1 / block),
-        block_count(block),
-        between(count * block / (count + block)) {}
-
-  void operator()(double& sum, double& square, double centre, double centred, double centred_square) const {
-    const double block_sum = centre * block_count + centred;
-    const double distance = block_sum * inverse_block - sum * inverse_count;
-    square += centred_square - centred * centred * inverse_block + distance * distance * between;
-    sum += block_sum;
-  }
-};
-
-void moments_rows(Dtype dtype, const void* tensor, int64_t offset, int64_t rows, int64_t width,
-                  const int64_t* positions, const float* weights, Moments totals, float* scratch) {
-  const int64_t part = scratch_size(width) / 3;
-  float *centre = scratch, *sum = scratch + part, *square = scratch + 2 * part;
-  const int64_t block = width > 1024 ? kBlockRows / 4 : kBlockRows;
-  double count = 0;
-  with_dtype(dtype, [&]<class T>(T) {
-    for (int64_t first = 0; first < rows; first += block) {
-      const int64_t last = rows < first + block ? rows : first + block;
-      const auto each_row = [&](auto body) {
-        for (int64_t r = first; r < last; ++r) {
-          const auto* x = at<T>(tensor, offset + (positions ? positions[r] : r) * width);
-          const float weight = weights ? weights[r] : 1.0f;
-          each_vector(width, [&](int64_t i, auto lanes) { body(i, load<T>(x + i, lanes), weight); });
-        }
-      };
-      float block_count = 0;
-      for (int64_t r = first; r < last; ++r) block_count += weights ? weights[r] : 1.0f;
-      clear(scratch, 3 * part);
-      const float share = 1.0f / block_count;
-      each_row([&](int64_t i, Vec x, float weight) {
-        store<Float32>(centre + i, PerLane{centre}(i) + (weight * share) * x, All{});
-      });
-      each_row([&](int64_t i, Vec x, float weight) {
-        const Vec centred = x - PerLane{centre}(i), weighted = weight * centred;
-        store<Float32>(sum + i, PerLane{sum}(i) + weighted, All{});
-        store<Float32>(square + i, PerLane{square}(i) + weighted * centred, All{});
-      });
-      const Merging merge(count, block_count);
-      for (int64_t i = 0; i < width; ++i) merge(totals.sum[i], totals.square[i], centre[i], sum[i], square[i]);
-      count += block_count;
-    }
-  });
-}
-
-void moments_plane(Dtype dtype, const void* tensor, int64_t offset, int64_t length, const int64_t* positions,
-                   const float* weights, Moments totals) {
-  double count = 0;
-  with_dtype(dtype, [&]<class T>(T) {
-    const auto* x = at<T>(tensor, offset);
-    for (int64_t first = 0; first < length; first += kBlock) {
-      const int64_t n = length - first < kBlock ? length - first : kBlock;
-      const auto each_value = [&](auto body) {
-        each_vector(n, [&](int64_t i, auto lanes) {
-          const Vec value = positions ? gather<T>(x, positions + first + i, lanes.count) : load<T>(x + first + i, lanes);
-          const Vec weight = weights ? load<Float32>(weights + first + i, lanes) : keep_first(broadcast(1.0f), lanes);
-          body(value, weight);
-        });
-      };
-      Vec weights_sum{}, first_sum{}, sum{}, square{};
-      each_value([&](Vec x, Vec weight) {
-        weights_sum += weight;
-        first_sum += weight * x;
-      });
-      const double block_count = sum_of(weights_sum);
-      const float centre = static_cast<float>(sum_of(first_sum) / block_count);
-      each_value([&](Vec x, Vec weight) {
-        const Vec centred = x - centre, weighted = weight * centred;
-        sum += weighted;
-        square += weighted * centred;
-      });
-      Merging(count, block_count)(*totals.sum, *totals.square, centre, sum_of(sum), sum_of(square));
-      count += block_count;
     }
   });
 }
 
 }  // namespace
 
-const Kernels kernels = {moments_rows,  moments_plane,  forward_rows, forward_plane,
-                         backward_rows, backward_plane, correct_rows, correct_plane};
+const Kernels kernels = {
+    moments_rows,   moments_sampled_rows, moments_planes,  moments_sampled_planes, forward_rows,
+    forward_planes, backward_rows,        backward_planes, correct_rows,           correct_planes,
+};
 
 }  // namespace leannorm::LEANNORM_ISA

@@ -57,9 +57,9 @@ void forward(int dtype, bool channels_last, int64_t channels, std::vector<int64_
   const Tensors tensors{.dtype = static_cast<Dtype>(dtype),
                         .activation = {static_cast<Kind>(kind), first, second},
                         .x = pointer<void>(x),
+                        .dy = nullptr,
                         .residual = pointer<void>(residual),
                         .y = nullptr,
-                        .dy = nullptr,
                         .out = pointer<void>(y),
                         .dresidual = nullptr,
                         .stream = false};
@@ -76,9 +76,9 @@ void backward(int dtype, bool channels_last, int64_t channels, std::vector<int64
   const Tensors tensors{.dtype = static_cast<Dtype>(dtype),
                         .activation = {static_cast<Kind>(kind), first, second},
                         .x = pointer<void>(x),
+                        .dy = pointer<void>(dy),
                         .residual = pointer<void>(residual),
                         .y = pointer<void>(y),
-                        .dy = pointer<void>(dy),
                         .out = pointer<void>(dx),
                         .dresidual = pointer<void>(dresidual),
                         .stream = false};

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "kernels.hpp"
+
 namespace leannorm {
 
 // Positions in ascending order, each once; regions that overlap add up their weights. The largest weight of an element is
@@ -18,6 +20,11 @@ struct Places {
   // boxes: for each region, for N and each spatial dimension: start, span, count, step. draw may be null.
   Places(const std::vector<int64_t>& sizes, const int64_t* draw, const std::vector<int64_t>& boxes,
          const std::vector<double>& shares);
+
+  Sampled of_range(int64_t begin, int64_t end) const {
+    return {positions.data() + begin, weights.data() + begin, end - begin};
+  }
+  Sampled of_sample(int64_t n) const { return of_range(first[n], first[n + 1]); }
 
   // Positions counted within a sample in place of the whole batch.
   void within_samples(int64_t per_sample);

@@ -30,10 +30,15 @@ inline Vec broadcast(float value) { return Vec{} + value; }
 inline Bits bits_of(Vec v) { return (Bits)v; }
 inline Vec float_of(Bits b) { return (Vec)b; }
 
-inline double sum_of(Vec v) {
-  double sum = 0;
-  for (int l = 0; l < kLanes; ++l) sum += v[l];
-  return sum;
+inline float sum_of(Vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__AVX__)
+  const __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  return half[0] + half[1] + (half[2] + half[3]);
+#else
+  return v[0] + v[1] + (v[2] + v[3]);
+#endif
 }
 
 // A storage type: its 16-bit patterns or floats to and from float32 lanes.
@@ -104,7 +109,7 @@ inline Vec keep_first(Vec v, All) { return v; }
 
 inline Vec keep_first(Vec v, Some some) {
   Int index{};
-  for (int l = 0; l < kLanes; ++l) index[l] = l;
+  for (int l = 0; l < kLanes; ++l) index[l] = l;  // a constant
   return index < some.count ? v : Vec{};
 }
 
@@ -117,15 +122,29 @@ Vec load(const typename T::Scalar* p, All) {
 
 template <class T>
 Vec load(const typename T::Scalar* p, Some some) {
+#if defined(__AVX512F__)
+  const auto mask = static_cast<__mmask16>((1u << some.count) - 1);
+  if constexpr (sizeof *p == 4) return T::unpack((typename T::Packed)_mm512_maskz_loadu_ps(mask, p));
+  else return T::unpack((typename T::Packed)_mm256_maskz_loadu_epi16(mask, p));
+#else
   typename T::Packed packed{};
-  std::memcpy(&packed, p, some.count * sizeof(typename T::Scalar));
+  for (int l = 0; l < kLanes; ++l)
+    if (l < some.count) packed[l] = p[l];
   return T::unpack(packed);
+#endif
 }
 
 template <class T>
 void store(typename T::Scalar* p, Vec v, Some some) {
   const typename T::Packed packed = T::pack(v);
-  std::memcpy(p, &packed, some.count * sizeof(typename T::Scalar));
+#if defined(__AVX512F__)
+  const auto mask = static_cast<__mmask16>((1u << some.count) - 1);
+  if constexpr (sizeof *p == 4) _mm512_mask_storeu_ps(p, mask, (__m512)packed);
+  else _mm256_mask_storeu_epi16(p, mask, (__m256i)packed);
+#else
+  for (int l = 0; l < kLanes; ++l)
+    if (l < some.count) p[l] = packed[l];
+#endif
 }
 
 template <class T>
@@ -149,6 +168,27 @@ void stream(typename T::Scalar* p, Vec v) {
 #else
   std::memcpy(p, &packed, sizeof packed);
 #endif
+}
+
+// Elements at ascending positions, which often are neighbours.
+
+inline bool adjacent(const int64_t* positions, int count) { return positions[count - 1] - positions[0] == count - 1; }
+
+template <class T, class Lanes>
+Vec gather(const typename T::Scalar* p, const int64_t* positions, Lanes lanes) {
+  if (adjacent(positions, lanes.count)) return load<T>(p + positions[0], lanes);
+  typename T::Packed packed{};
+  for (int l = 0; l < kLanes; ++l)
+    if (l < lanes.count) packed[l] = p[positions[l]];
+  return T::unpack(packed);
+}
+
+template <class T, class Lanes>
+void scatter(typename T::Scalar* p, const int64_t* positions, Vec v, Lanes lanes) {
+  if (adjacent(positions, lanes.count)) return store<T>(p + positions[0], v, lanes);
+  typename T::Scalar values[kLanes];
+  store<T>(values, v, All{});
+  for (int l = 0; l < lanes.count; ++l) p[positions[l]] = values[l];
 }
 
 // Calls body(i, lanes) for the vectors of [0, n).

@@ -7,7 +7,7 @@ from typing import TypeVar
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from leannorm.convert.swap import abandon, adopt
+from leannorm.conversion.swap import abandon, adopt
 from leannorm.nn.batchnorm import SampledBatchNorm
 from leannorm.records import Change, Refusal, TransformReport
 
@@ -36,7 +36,7 @@ def freeze(model: M) -> tuple[M, TransformReport]:
             continue
         if not layer.frozen:
             layer.frozen = True
-            layer.plain_before_freeze = plain
+            layer.__dict__["plain_before_freeze"] = plain
             layer.eval()
             changes.append(Change(name, "frozen"))
     return model, TransformReport(tuple(changes), tuple(refusals))

@@ -44,9 +44,9 @@ def convert(
 ) -> tuple[M, TransformReport]:
     """Give the BN layers of a model, plain or converted before, this source of statistics.
 
-    The model is changed in place and returned: layers keep their parameters, buffers, hooks and names. With virtual samples
-    the model's own call appends them to its input and strips them from its output, in training mode only. timm's
-    ``BatchNormAct2d`` keeps its activation.
+    The model is changed in place and returned: layers keep their parameters, buffers, hooks and names. With virtual
+    samples the model's own call appends them to its input and strips them from its output, in training mode only.
+    timm's ``BatchNormAct2d`` keeps its activation.
 
     Args:
         model: any module.
@@ -142,7 +142,7 @@ def abandon(layer: SampledBatchNorm) -> None:
 
 
 def _adopt_timm(module: _BatchNorm) -> SampledBatchNorm | str:
-    drop, act = module.drop, module.act
+    drop, act = module.get_submodule("drop"), module.get_submodule("act")
     if not isinstance(drop, nn.Identity):
         return f"BatchNormAct2d with {type(drop).__name__} between normalization and activation"
     activation = None
@@ -154,7 +154,7 @@ def _adopt_timm(module: _BatchNorm) -> SampledBatchNorm | str:
     module.__class__ = BatchNorm2d
     assert isinstance(module, SampledBatchNorm)
     module.activation = activation
-    module.original_class = original
+    module.__dict__["original_class"] = original
     return module
 
 

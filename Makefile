@@ -1,0 +1,39 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+BIN := .venv/bin
+ENVIRONMENT := .venv/.installed
+
+.PHONY: env demo test test-full lint clean
+
+env: $(ENVIRONMENT)
+
+$(ENVIRONMENT): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[all]' --group dev
+	touch $@
+
+# Train on scikit-learn's bundled digits with exact and with sampled statistics, ship both, compare them on one page.
+DEMO := --epochs 20 --seed 0 --overwrite
+demo: env
+	$(BIN)/leannorm train resnet8 digits --statistics full $(DEMO) --out runs/demo/full
+	$(BIN)/leannorm train resnet8 digits --statistics grid:1/4 $(DEMO) --out runs/demo/grid
+	$(BIN)/leannorm deploy runs/demo/full/best.ckpt --data digits --out runs/demo/full/deployed --overwrite
+	$(BIN)/leannorm deploy runs/demo/grid/best.ckpt --data digits --out runs/demo/grid/deployed --overwrite
+	$(BIN)/leannorm report runs/demo/full/deployed runs/demo/grid/deployed --out runs/demo/report.html
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+test: lint
+	$(BIN)/pytest -n 2 -m 'not slow'
+
+# The checks of minutes each.
+test-full: env
+	$(BIN)/pytest -n 2 -m slow
+
+clean:
+	rm -rf .venv build runs

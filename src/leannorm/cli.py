@@ -1,0 +1,146 @@
+"""The `leannorm` command: parse, call, exit code."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Everything else is imported by the command that needs it, so that `leannorm --help` answers at once.
+
+main = typer.Typer(
+    help="Batch normalization that costs next to nothing while training, and none when shipped.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Data = Annotated[str, typer.Argument(help="`digits`, or a folder of class folders (or of train/ and val/ with these).")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove what the folder holds from an earlier run first.")]
+
+
+@main.callback()
+def _group() -> None:
+    """Keep `train`, `deploy` and `report` as commands, however many there are."""
+
+
+@main.command()
+def train(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="resnet8, resnet20, torchvision:NAME, timm:NAME, package.module:factory or path/to/file.py:factory."
+        ),
+    ],
+    data: Data,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for checkpoints, metrics and logs; runs/MODEL-DATA-STATISTICS if left out."),
+    ] = None,
+    statistics: Annotated[
+        str, typer.Option(help="Where batch statistics come from: full, grid:1/32, fs:1/32, fs:1/32+vdn:1, ...")
+    ] = "full",
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 30,
+    seed: Annotated[int, typer.Option(help="Same seed: same weights, same data.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images in a batch.")] = 128,
+    learning_rate: Annotated[float, typer.Option(help="Highest rate of the one-cycle schedule.")] = 0.1,
+    weight_decay: Annotated[float, typer.Option(help="Of all but biases and normalization.")] = 5e-4,
+    image_size: Annotated[int | None, typer.Option(help="Resize images to this many pixels.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that decode images.")] = 0,
+    accelerator: Annotated[str, typer.Option(help="cpu, gpu, auto, ...")] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last finished epoch in --out.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train MODEL on DATA with any source of batch statistics."""
+    with _clean_errors():
+        from leannorm.train import run
+
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+        out = out or run.default_folder(model, data, statistics)
+        trained = run.train(
+            model,
+            data,
+            statistics=statistics,
+            epochs=epochs,
+            seed=seed,
+            out=out,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            image_size=image_size,
+            workers=workers,
+            accelerator=accelerator,
+            resume=resume,
+            overwrite=overwrite,
+            progress=True,
+        )
+        best = max(trained.history, key=lambda epoch: epoch.validation_accuracy)
+        typer.echo(f"validation accuracy {best.validation_accuracy:.2%} after epoch {best.epoch}: {out / 'best.ckpt'}")
+
+
+@main.command()
+def deploy(
+    checkpoint: Annotated[Path, typer.Argument(help="best.ckpt or last.ckpt of `leannorm train`.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the ONNX files and the report; `deployed` beside CHECKPOINT if left out."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Images to recalibrate and verify on; those of the training if left out.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fold CHECKPOINT's normalization away, export it to ONNX, verify the files and report."""
+    with _clean_errors():
+        import rich
+
+        from leannorm.deploy import deploy as ship
+        from leannorm.report import text
+
+        out = out or checkpoint.parent / "deployed"
+        deployment = ship(checkpoint, data=data, out=out, overwrite=overwrite)
+        rich.print(text.summary([deployment]))
+        typer.echo(f"files and report: {out}")
+    raise typer.Exit(0 if deployment.passed else 1)
+
+
+@main.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders that `leannorm deploy` wrote.")],
+    out: Annotated[Path, typer.Option(help="The HTML page to write.")],
+) -> None:
+    """Compare deployed RUNS on one page."""
+    with _clean_errors():
+        import rich
+
+        from leannorm import records
+        from leannorm.report import html, text
+
+        deployments = [records.read(records.Deployment, run / "report.json") for run in runs]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        records.write_text(out, html.page(deployments))
+        rich.print(text.summary(deployments))
+        typer.echo(f"page: {out}")
+
+
+@contextmanager
+def _clean_errors() -> Iterator[None]:
+    """Show what the user can mend as one message, and an interruption as what to do next."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        typer.echo("interrupted: what was done is kept; the same command with --resume goes on", err=True)
+        raise typer.Exit(130) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Batch normalization as a graph holds it: where it is, what it holds, what keeps every rule away."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from leannorm.graph.capture import arguments, module_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+    from torch.fx import Graph, Node
+
+    from leannorm.graph.capture import Capture
+
+
+@dataclass(frozen=True)
+class BatchNorm:
+    """One call of batch normalization in a graph.
+
+    ``training`` says that the call normalises by the statistics of its input.
+    """
+
+    module: str
+    node: Node
+    input: Node
+    weight: Node | None
+    bias: Node | None
+    running_mean: Node | None
+    running_var: Node | None
+    eps: float
+    training: bool
+
+    def scale_and_shift(self, capture: Capture) -> tuple[Tensor, Tensor]:
+        """The affine map per channel that this call is in eval mode; see :func:`scale_and_shift`."""
+        weight, bias = (None if node is None else capture.constant(node) for node in (self.weight, self.bias))
+        mean, var = capture.constant(self.running_mean), capture.constant(self.running_var)
+        assert mean is not None
+        assert var is not None
+        return scale_and_shift(weight, bias, mean, var, self.eps)
+
+
+def scale_and_shift(
+    weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The affine map per channel that batch normalization is in eval mode, in float64.
+
+    ``gamma (x - mean) / sqrt(var + eps) + beta  =  scale x + shift`` with ``scale = gamma / sqrt(var +
+    eps)`` and ``shift = beta - scale mean``; a missing gamma is 1, a missing beta 0.
+
+    Returns:
+        ``(scale, shift)``, each of shape ``(C,)``.
+    """
+    scale = torch.rsqrt(running_var.double() + eps)
+    if weight is not None:
+        scale = scale * weight.double()
+    shift = -scale * running_mean.double()
+    return scale, shift if bias is None else shift + bias.double()
+
+
+def find(graph: Graph) -> Iterator[BatchNorm]:
+    """All calls of batch normalization in a graph, in its order: every form of ATen's, and leannorm's own.
+
+    leannorm's layers call operators of their own only while training, several for one layer: the first
+    stands for it.
+    """
+    seen: set[str] = set()
+    for node in list(graph.nodes):
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        name = node.target._schema.name
+        module = module_name(node)
+        if name.startswith("leannorm::"):
+            if module not in seen:
+                seen.add(module)
+                yield BatchNorm(module, node, node.all_input_nodes[0], None, None, None, None, 0.0, training=True)
+        elif name.startswith("aten::") and "batch_norm" in name and "backward" not in name:
+            bound = arguments(node)
+            evaluates = "no_training" in name or "no_update" in name
+            yield BatchNorm(
+                module=module,
+                node=node,
+                input=bound["input"],
+                weight=bound.get("weight"),
+                bias=bound.get("bias"),
+                running_mean=bound.get("running_mean"),
+                running_var=bound.get("running_var"),
+                eps=bound["eps"] if "eps" in bound else bound.get("epsilon", 0.0),
+                training=bound.get("training", not evaluates),
+            )
+
+
+def refusal(capture: Capture, norm: BatchNorm) -> str | None:
+    """Why no rule can take this call at all, or None."""
+    node = norm.node
+    if norm.training and not str(node.target).startswith("leannorm") and norm.running_mean is None:
+        return "it keeps no running statistics (track_running_stats=False): recalibrate or train it with them"
+    if norm.training:
+        return "it normalises by batch statistics (training mode): call model.eval() first"
+    for field in ("running_mean", "running_var", "weight", "bias"):
+        source = getattr(norm, field)
+        if source is not None and capture.constant(source) is None:
+            return f"its {field} is not constant: the graph computes it, receives it or writes to it"
+    if any(user.target is operator.getitem and user.args[1] != 0 and user.users for user in node.users):
+        return "its saved statistics are read elsewhere"
+    if not all(torch.isfinite(constant).all() for constant in norm.scale_and_shift(capture)):
+        return "its running statistics or parameters are not finite, or a running variance is below -eps"
+    return None

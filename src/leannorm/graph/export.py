@@ -1,0 +1,86 @@
+"""Capture a module with ``torch.export`` so that the graph takes any batch."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+from leannorm.graph.capture import value_of
+from leannorm.records import Refusal
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
+
+
+def export(
+    model: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any = None
+) -> tuple[ExportedProgram, tuple[Refusal, ...]]:
+    """Export a module; unless ``dynamic_shapes`` are given, dimension 0 of each input tensor is left free.
+
+    torch.export takes a size of 1 for a constant, so that an example of one sample is exported as two.
+
+    Returns:
+        The program, and a refusal for the module ``""`` where the batch had to be fixed to that of the
+        example.
+    """
+    with torch.no_grad():  # else a no_grad block in the model becomes a graph of its own
+        if dynamic_shapes is not None:
+            return torch.export.export(model, inputs, dynamic_shapes=dynamic_shapes), ()
+        try:
+            arguments = dict(inspect.signature(model.forward).bind(*inputs).arguments)
+            shapes = pytree.tree_map(_batch, arguments)
+            program = torch.export.export(model, pytree.tree_map(_double, inputs), dynamic_shapes=shapes)
+            fixed = [name for name, size in _batch_sizes(program).items() if isinstance(size, int)]
+            if not fixed:
+                return program, ()
+            reason = f"its code fixes the size of {', '.join(fixed)}"
+        except Exception as error:  # torch.export raises whatever the model or its own tracing raises
+            reason = str(error).strip().partition("\n")[0]
+        program = torch.export.export(model, inputs)
+    refusal = Refusal("", f"the batch stays {sorted(set(_batch_sizes(program).values()))}, as in the example: {reason}")
+    return program, (refusal,)
+
+
+def as_module(program: ExportedProgram) -> GraphModule:
+    """The program as a callable module in eval mode; ``eval()`` is allowed and ``train()`` raises."""
+    module = program.module()
+    for child in module.modules():
+        child.training = False
+    module.eval = types.MethodType(_eval, module)
+    module.train = types.MethodType(_train, module)
+    return module
+
+
+def _eval(module: nn.Module) -> nn.Module:
+    return module
+
+
+def _train(module: nn.Module, mode: bool = True) -> nn.Module:
+    if mode:
+        raise NotImplementedError("a folded model has no training mode: train the model that it was made from")
+    return module
+
+
+def _has_batch(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0
+
+
+def _double(leaf: Any) -> Any:
+    return torch.cat([leaf, leaf]) if _has_batch(leaf) and leaf.shape[0] == 1 else leaf
+
+
+def _batch(leaf: Any) -> Any:
+    return {0: Dim.AUTO} if _has_batch(leaf) else None
+
+
+def _batch_sizes(program: ExportedProgram) -> dict[str, int | torch.SymInt]:
+    names = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT}
+    values = {node.name: value_of(node) for node in program.graph.find_nodes(op="placeholder") if node.name in names}
+    return {name: value.shape[0] for name, value in values.items() if value is not None and value.ndim > 0}

@@ -1,0 +1,1 @@
+"""Quantisation: INT8 files for the runtime that ships."""

@@ -1,0 +1,1 @@
+"""Records in, pages and text out; nothing here measures or decides anything."""

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from leannorm import cli, records
+
+
+def leannorm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "leannorm.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_help_imports_nothing_heavy():
+    result = leannorm("--help")
+    assert result.returncode == 0
+    assert all(command in result.stdout for command in ("train", "deploy", "report"))
+    code = "import sys, leannorm.cli; print([n for n in ('torch', 'lightning', 'numpy') if n in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "resnet9", "digits", "--out", "out"), "error: unknown model 'resnet9' (did you mean resnet8"),
+        (("train", "resnet8", "digits", "--out", "out", "--resume"), "error: out holds no run to resume"),
+    ],
+)
+def test_errors_of_the_user_are_one_message(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli.main, arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(message)
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (ValueError("no such source"), 2, "error: no such source\n"),
+        (FileExistsError("runs/a already holds a run"), 2, "error: runs/a already holds a run\n"),
+        (ImportError("timm is not installed: pip install 'leannorm[timm]'"), 2, "error: timm is not installed"),
+        (KeyboardInterrupt(), 130, "interrupted: "),
+    ],
+)
+def test_exit_codes(monkeypatch, error, code, text):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("leannorm.train.run.train", fail)
+    result = CliRunner().invoke(cli.main, ["train", "resnet8", "digits", "--out", "out"])
+    assert result.exit_code == code
+    assert result.stderr.startswith(text)
+
+
+def test_an_error_of_ours_keeps_its_traceback(monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr("leannorm.train.run.train", fail)
+    result = CliRunner().invoke(cli.main, ["train", "resnet8", "digits", "--out", "out"])
+    assert isinstance(result.exception, AssertionError)
+
+
+def test_train(tmp_path):
+    result = leannorm("train", "resnet8", "digits", "--epochs=1", "--statistics=grid:1/4", f"--out={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    run = records.read(records.TrainingRun, tmp_path / "run.json")
+    (epoch,) = run.history
+    assert f"validation accuracy {epoch.validation_accuracy:.2%} after epoch 0: {tmp_path}" in result.stdout
+    assert (run.statistics, run.epochs, run.seed) == ("grid:1/4", 1, 0)
+
+
+@pytest.fixture
+def deployment():
+    environment = records.Environment("a machine", 2, "3.11", (("torch", "2.13"),), "unknown")
+    epochs = (records.Epoch(0, 0.5, 0.4, 0.9, 0.1, 1.0),)
+    training = records.TrainingRun(
+        "resnet8", "digits", "grid:1/4", 0, 1, 128, 0.1, ("0", "1"), (1, 8, 8), epochs, environment
+    )
+    verification = records.Verification(360, 1e-6, 1e-5, 1.0, 0.9, 0.9, 0.01, True)
+    return records.Deployment(
+        checkpoint="best.ckpt",
+        training=training,
+        recalibration=records.Recalibration("trained", 0.9, 0.89, 11),
+        fold=records.TransformReport((records.Change("bn", "folded"),)),
+        reference_latency_ms=1.0,
+        files=(records.ShippedFile("model.fp32.onnx", "fp32", 1000, 0.5, (), verification),),
+        passed=True,
+    )
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_deploy_exits_by_the_verification(tmp_path, monkeypatch, deployment, passed):
+    calls = []
+
+    def deploy(checkpoint, **options):
+        calls.append((checkpoint, options))
+        return dataclasses.replace(deployment, passed=passed)
+
+    # stands in for the real one, which has tests of its own
+    module = types.ModuleType("leannorm.deploy")
+    monkeypatch.setattr(module, "deploy", deploy, raising=False)
+    monkeypatch.setitem(sys.modules, "leannorm.deploy", module)
+    result = CliRunner().invoke(cli.main, ["deploy", "best.ckpt", "--data", "digits", "--out", str(tmp_path)])
+    assert result.exit_code == (0 if passed else 1)
+    assert "grid:1/4" in result.stdout, result.output
+    assert calls == [(Path("best.ckpt"), {"data": "digits", "out": tmp_path, "overwrite": False})]
+
+
+def test_report_compares_deployments_on_one_page(tmp_path, deployment):
+    for statistics in ("full", "grid:1/4"):
+        folder = tmp_path / statistics.partition(":")[0]
+        folder.mkdir()
+        training = dataclasses.replace(deployment.training, statistics=statistics)
+        records.write(folder / "report.json", dataclasses.replace(deployment, training=training))
+    page = tmp_path / "new" / "page.html"
+    result = CliRunner().invoke(
+        cli.main, ["report", str(tmp_path / "full"), str(tmp_path / "grid"), "--out", str(page)]
+    )
+    assert result.exit_code == 0, result.output
+    assert "full" in page.read_text()
+    assert "grid:1/4" in page.read_text()
+    assert "grid:1/4" in result.stdout
+
+
+def test_report_of_a_folder_without_one(tmp_path):
+    result = CliRunner().invoke(cli.main, ["report", str(tmp_path), "--out", str(tmp_path / "page.html")])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert "report.json" in result.stderr
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_default_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    from leannorm.train.run import default_folder
+
+    assert default_folder("timm:resnet18", "../data/cifar10", "fs:1/32+vdn:1") == Path(
+        "runs/timm_resnet18-cifar10-fs_1_32+vdn_1"
+    )
+    result = leannorm("train", "resnet8", "digits", "--epochs=1")
+    assert result.returncode == 0, result.stderr
+    result = leannorm("deploy", "runs/resnet8-digits-full/last.ckpt")
+    assert result.returncode in (0, 1), result.stderr
+    assert (tmp_path / "runs/resnet8-digits-full/deployed/report.html").exists()

@@ -1,0 +1,95 @@
+"""Layers under torch.compile, checkpointing, torch.export and ONNX export."""
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import leannorm
+from leannorm import parse_statistics
+
+
+def network(source="grid:1/8@step", activation="relu"):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        leannorm.BatchNorm2d(8, activation=activation),
+        nn.Conv2d(8, 8, 3),
+        leannorm.BatchNorm2d(8, momentum=None, guard_nonfinite=True),
+    )
+    return leannorm.convert(model, parse_statistics(source))[0]
+
+
+@pytest.mark.parametrize("source", ["grid:1/8@step", "bs:1/4", "fs:1/8@step+vdn:1", "grid:1/8@between_steps", "full"])
+def test_twenty_compiled_steps_compile_once_and_train_as_eager_does(source):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    results = []
+    for compiled in (False, True):
+        model = network(source)
+        step = torch.compile(model, fullgraph=True, backend=counter) if compiled else model
+        optimizer = torch.optim.SGD(model.parameters(), 0.05)
+        torch.manual_seed(1)
+        for _ in range(20):
+            loss = step(torch.randn(8, 3, 16, 16)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        results.append((loss, model.state_dict()))
+    assert counter.frame_count == 1
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_two_equal_layers_draw_different_places_and_steps_too_when_compiled(backend):
+    torch._dynamo.reset()
+    model = nn.ModuleList(
+        leannorm.BatchNorm2d(1, momentum=1.0, statistics=leannorm.BatchSampling(1 / 64, minimum=1)) for _ in range(2)
+    )
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def run(x):
+        return model[0](x) + model[1](x)
+
+    x = torch.randn(64, 1, 2, 2)
+    means = []
+    for _ in range(3):
+        run(x)
+        means += [layer.running_mean.item() for layer in model]
+    assert len(set(means)) > 3
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("source", ["full", "grid:1/8@step", "bs:1/4"])
+def test_checkpoint_gives_the_same_gradients_and_moves_the_buffers_once(source, reentrant):
+    results = []
+    for checkpointed in (False, True):
+        model = network(source)
+        x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        torch.manual_seed(1)
+        y = checkpoint(model, x, use_reentrant=reentrant) if checkpointed else model(x)
+        y.square().sum().backward()
+        results.append(([p.grad for p in model.parameters()], list(model.buffers()), x.grad))
+        assert model[1].num_batches_tracked == 1
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu"])
+def test_eval_mode_exports_to_plain_operators(activation):
+    model = network("fs:1/8+vdn:1", activation).eval()
+    x = torch.randn(2, 3, 16, 16)
+    program = torch.export.export(model, (x,))
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert all(name.startswith("aten.") for name in names), names
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_onnx_export_of_an_unfolded_model(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = network("grid:1/8", "hardswish").eval()
+    x = torch.randn(2, 3, 16, 16)
+    torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), model(x), rtol=1e-4, atol=1e-5)
