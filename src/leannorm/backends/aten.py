@@ -26,6 +26,7 @@ def _residual_gradient(x: Tensor, g: Tensor, dy: Tensor, wanted: bool) -> Tensor
 
 
 def batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters):
+    """Compute the operator of this name; other back ends call it where they cannot serve."""
     y, mean, var = definition.batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters)
     return _like(x, y), mean, var
 
@@ -100,6 +101,7 @@ def batch_norm_backward(
     weights,
     residual_gradient,
 ):
+    """Compute the operator of this name; other back ends call it where they cannot serve."""
     g, xhat = _gradient(dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters)
     scale = _scale(var, weight, eps)
     sum_g_xhat, sum_g = _sums(g, xhat)

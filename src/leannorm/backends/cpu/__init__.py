@@ -44,7 +44,7 @@ def why_not(x: Tensor) -> str | None:
         return f"the native kernels take float32, bfloat16 and float16, the input is {x.dtype}"
     if x.numel() == 0:
         return "the input is empty"
-    if _channels_last(torch.empty_like(x, device="meta")) is None:
+    if _channels_last(x) is None and _channels_last(torch.empty_like(x, device="meta")) is None:
         return f"the input's memory order is neither contiguous nor channels-last, its strides are {x.stride()}"
     return None
 
@@ -61,7 +61,9 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _per_channel(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().to(torch.float32).contiguous()
+    if tensor is None or (tensor.dtype is torch.float32 and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(torch.float32).contiguous()
 
 
 def _like(x: Tensor, other: Tensor | None) -> Tensor | None:
@@ -82,7 +84,7 @@ def _batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation
         return aten.batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters)
     y = torch.empty_like(x)
     x, residual, weight, bias = _like(y, x), _like(y, residual), _per_channel(weight), _per_channel(bias)
-    mean, var = x.new_empty((2, x.shape[1]), dtype=torch.float32)
+    mean, var = (torch.empty(x.shape[1], dtype=torch.float32) for _ in range(2))
     _kernels.batch_norm(
         _DTYPES[x.dtype], _channels_last(y), x.shape[1], [x.shape[0], *x.shape[2:]],
         _address(x), _address(residual), _address(y), _address(weight), _address(bias), _address(mean), _address(var),
@@ -117,7 +119,7 @@ def _batch_norm_backward(
     x, dy, residual, y = _like(dx, x), _like(dx, dy), _like(dx, residual), _like(dx, y)
     weight, bias = _per_channel(weight), _per_channel(bias)
     dresidual = torch.empty_like(dx) if residual_gradient else None
-    sum_g_xhat, sum_g = mean.new_empty((2, x.shape[1]))
+    sum_g_xhat, sum_g = torch.empty_like(mean), torch.empty_like(mean)
     _kernels.batch_norm_backward(
         _DTYPES[x.dtype], _channels_last(dx), x.shape[1], [x.shape[0], *x.shape[2:]],
         _address(dy), _address(x), _address(residual), _address(y), _address(dx), _address(dresidual),
