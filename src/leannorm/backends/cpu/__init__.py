@@ -5,16 +5,21 @@ The extension ``_kernels`` is built at install; without a compiler there is none
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from leannorm.backends import aten
 from leannorm.ops.contract import library
 
+_kernels: Any = None
+_missing = ""
 try:
-    from leannorm.backends.cpu import _kernels
+    _kernels = importlib.import_module("leannorm.backends.cpu._kernels")
 except ImportError as error:
-    _kernels, _missing = None, f"the extension leannorm.backends.cpu._kernels was not built or does not load ({error})"
+    _missing = f"the extension leannorm.backends.cpu._kernels was not built or does not load ({error})"
 
 available = _kernels is not None
 
@@ -66,11 +71,13 @@ def _per_channel(tensor: Tensor | None) -> Tensor | None:
     return tensor.to(torch.float32).contiguous()
 
 
-def _like(x: Tensor, other: Tensor | None) -> Tensor | None:
+def _like(x: Tensor, other: Tensor) -> Tensor:
     """Give other in x's memory order."""
-    if other is None or other.stride() == x.stride():
-        return other
-    return torch.empty_like(x).copy_(other)
+    return other if other.stride() == x.stride() else torch.empty_like(x).copy_(other)
+
+
+def _maybe_like(x: Tensor, other: Tensor | None) -> Tensor | None:
+    return None if other is None else _like(x, other)
 
 
 def _activation(kind: str, parameters: list[float]) -> tuple[int, float, float]:
@@ -83,7 +90,7 @@ def _batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation
     if why_not(x) is not None:
         return aten.batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters)
     y = torch.empty_like(x)
-    x, residual, weight, bias = _like(y, x), _like(y, residual), _per_channel(weight), _per_channel(bias)
+    x, residual, weight, bias = _like(y, x), _maybe_like(y, residual), _per_channel(weight), _per_channel(bias)
     mean, var = (torch.empty(x.shape[1], dtype=torch.float32) for _ in range(2))
     _kernels.batch_norm(
         _DTYPES[x.dtype], _channels_last(y), x.shape[1], [x.shape[0], *x.shape[2:]],
@@ -116,7 +123,7 @@ def _batch_norm_backward(
             residual_gradient,
         )  # fmt: skip
     dx = torch.empty_like(x)
-    x, dy, residual, y = _like(dx, x), _like(dx, dy), _like(dx, residual), _like(dx, y)
+    x, dy, residual, y = _like(dx, x), _like(dx, dy), _maybe_like(dx, residual), _maybe_like(dx, y)
     weight, bias = _per_channel(weight), _per_channel(bias)
     dresidual = torch.empty_like(dx) if residual_gradient else None
     sum_g_xhat, sum_g = torch.empty_like(mean), torch.empty_like(mean)
