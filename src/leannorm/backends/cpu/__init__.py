@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from leannorm.backends import aten
-from leannorm.ops.contract import library
+from leannorm.ops.contract import library, takes_output
 
 _kernels: Any = None
 _missing = ""
@@ -117,7 +117,8 @@ def _batch_norm_backward(
     weights,
     residual_gradient,
 ):
-    if why_not(x) is not None:
+    without_output = takes_output(activation) and residual is not None and y is None  # no layer calls it so
+    if without_output or why_not(x) is not None:
         return aten.batch_norm_backward(
             dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters, draw, boxes, weights,
             residual_gradient,
