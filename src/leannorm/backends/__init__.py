@@ -1,5 +1,5 @@
 """Implementations of the operators; importing this package registers them with PyTorch's dispatcher."""
 
-from leannorm.backends import aten
+from leannorm.backends import aten, cpu
 
-__all__ = ["aten"]
+__all__ = ["aten", "cpu"]

@@ -25,7 +25,8 @@ def _residual_gradient(x: Tensor, g: Tensor, dy: Tensor, wanted: bool) -> Tensor
     return g.clone() if g is dy else _like(x, g)
 
 
-def _batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters):
+def batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters):
+    """Compute the operator of this name; other back ends call it where they cannot serve."""
     y, mean, var = definition.batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters)
     return _like(x, y), mean, var
 
@@ -83,7 +84,7 @@ def _correct_(
         dx[index] = dx[index] - share * correction
 
 
-def _batch_norm_backward(
+def batch_norm_backward(
     dy,
     x,
     mean,
@@ -100,6 +101,7 @@ def _batch_norm_backward(
     weights,
     residual_gradient,
 ):
+    """Compute the operator of this name; other back ends call it where they cannot serve."""
     g, xhat = _gradient(dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters)
     scale = _scale(var, weight, eps)
     sum_g_xhat, sum_g = _sums(g, xhat)
@@ -152,8 +154,8 @@ def _correct(dx, x, mean, var, weight, sum_g_xhat, sum_g, eps, draw, boxes, weig
 
 
 for _name, _kernel in {
-    "batch_norm": _batch_norm,
-    "batch_norm_backward": _batch_norm_backward,
+    "batch_norm": batch_norm,
+    "batch_norm_backward": batch_norm_backward,
     "moments": definition.moments,
     "normalize": _normalize,
     "backward_reduce": _backward_reduce,

@@ -1,0 +1,66 @@
+// What the kernels share: how memory is cut, and the step from run-time to compile-time types.
+#pragma once
+
+#include "kernels.hpp"
+#include "simd.hpp"
+
+namespace leannorm::LEANNORM_ISA {
+namespace {
+
+constexpr int64_t kBlock = 4096;     // elements that are added up in float before they go to double
+constexpr int64_t kBlockRows = 128;  // the same for rows
+
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
+struct Piece {
+  int64_t offset, length, channel, sums;
+};
+
+// Calls body with the pieces of planes that are the units [begin, end).
+template <class Body>
+inline __attribute__((always_inline)) void each_piece(const Geometry& g, int64_t begin, int64_t end, Body body) {
+  if (begin == end) return;
+  int64_t piece = begin % g.pieces, channel = begin / g.pieces % g.channels, sample = begin / g.pieces / g.channels;
+  int64_t plane = (sample * g.channels + channel) * g.spatial;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t first = g.pieces == 1 ? 0 : g.spatial * piece / g.pieces;
+    const int64_t last = g.pieces == 1 ? g.spatial : g.spatial * (piece + 1) / g.pieces;
+    body(Piece{plane + first, last - first, channel, (sample * g.pieces + piece) * g.channels + channel});
+    if (++piece < g.pieces) continue;
+    piece = 0;
+    plane += g.spatial;
+    if (++channel < g.channels) continue;
+    channel = 0;
+    ++sample;
+  }
+}
+
+inline void clear(float* p, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = 0;
+}
+
+template <class T>
+const typename T::Scalar* at(const void* tensor, int64_t offset) {
+  return tensor ? static_cast<const typename T::Scalar*>(tensor) + offset : nullptr;
+}
+
+template <class T>
+typename T::Scalar* at(void* tensor, int64_t offset) {
+  return tensor ? static_cast<typename T::Scalar*>(tensor) + offset : nullptr;
+}
+
+// Calls body with the storage type.
+template <class Body>
+void with_dtype(Dtype dtype, Body body) {
+  switch (dtype) {
+    case Dtype::float32: return body(Float32{});
+    case Dtype::bfloat16: return body(BFloat16{});
+    case Dtype::float16: return body(Float16{});
+  }
+}
+
+}  // namespace
+}  // namespace leannorm::LEANNORM_ISA

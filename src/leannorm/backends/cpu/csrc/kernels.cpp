@@ -1,0 +1,275 @@
+// Compiled once for each instruction set. Nothing of the C++ library that could be shared between them is used here.
+#include "kernels.hpp"
+
+#include "activations.hpp"
+#include "moments.hpp"
+#include "simd.hpp"
+
+namespace leannorm::LEANNORM_ISA {
+namespace {
+
+constexpr int kRows = 4;           // taken together, so that per-channel values are read once for all
+constexpr int64_t kAhead = 8192;  // bytes
+
+// A channel's value for each lane: read from memory in channels-last, the same one in a plane.
+
+struct PerLane {
+  const float* p;
+  Vec operator()(int64_t i) const { return load<Float32>(p + i, All{}); }
+};
+
+struct Uniform {
+  Vec v;
+  Uniform(const float* p, int64_t channel) : v(broadcast(p[channel])) {}
+  Vec operator()(int64_t) const { return v; }
+};
+
+template <class Value>
+struct Point {
+  Value mean, scale, bias, centre, slope;
+};
+
+Point<PerLane> point_of(const Channels& c) { return {{c.mean}, {c.scale}, {c.bias}, {c.centre}, {c.slope}}; }
+
+Point<Uniform> point_of(const Channels& c, int64_t channel) {
+  return {{c.mean, channel}, {c.scale, channel}, {c.bias, channel}, {c.centre, channel}, {c.slope, channel}};
+}
+
+struct LaneSums {
+  float *g, *g_centred;
+  void add(int64_t i, Vec a, Vec b) {
+    store<Float32>(g + i, PerLane{g}(i) + a, All{});
+    store<Float32>(g_centred + i, PerLane{g_centred}(i) + b, All{});
+  }
+};
+
+struct PlaneSums {
+  Vec g{}, g_centred{};
+  void add(int64_t, Vec a, Vec b) {
+    g += a;
+    g_centred += b;
+  }
+};
+
+template <class T>
+void put(typename T::Scalar* p, Vec v, bool around_caches, All all) {
+  around_caches ? stream<T>(p, v) : store<T>(p, v, all);
+}
+
+template <class T>
+void put(typename T::Scalar* p, Vec v, bool, Some some) {
+  store<T>(p, v, some);
+}
+
+// Asks for memory ahead of time: the hardware's prefetching ends at each page. Rows that are taken together ask for those
+// that come next.
+template <class Scalar>
+struct Prefetch {
+  int64_t distance;
+  Prefetch(int64_t n, int rows) : distance(rows * n) {
+    if (distance * static_cast<int64_t>(sizeof(Scalar)) < kAhead) distance = kAhead / sizeof(Scalar);
+  }
+  void operator()(const Scalar* p) const { __builtin_prefetch(p + distance, 0, 2); }
+};
+
+// Calls body(offset, rows as a constant) for rows, several at a time.
+template <class Body>
+void each_rows(int64_t offset, int64_t rows, int64_t width, Body body) {
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows) body(offset + r * width, Constant<kRows>{});
+  for (; r < rows; ++r) body(offset + r * width, Constant<1>{});
+}
+
+// Forward: `rows` stretches of n elements, `width` apart.
+
+template <class T, class Act, class Value, class Rows>
+void forward(const Tensors& t, const Act& act, const Point<Value>& point, int64_t offset, int64_t n, Rows rows) {
+  const auto *x = at<T>(t.x, offset), *residual = at<T>(t.residual, offset);
+  auto* y = at<T>(t.out, offset);
+  const bool around_caches = t.stream;
+  const Prefetch<typename T::Scalar> prefetch(n, rows.value);
+  each_vector(n, [&](int64_t i, auto lanes) {
+    const Vec mean = point.mean(i), scale = point.scale(i), bias = point.bias(i);
+    for (int r = 0; r < rows.value; ++r) {
+      const int64_t k = r * n + i;
+      prefetch(x + k);
+      Vec z = (load<T>(x + k, lanes) - mean) * scale + bias;
+      if (residual) {
+        prefetch(residual + k);
+        z += load<T>(residual + k, lanes);
+      }
+      put<T>(y + k, act(z), around_caches, lanes);
+    }
+  });
+}
+
+void forward_rows(const Tensors& t, const Channels& channels, int64_t offset, int64_t rows, int64_t width) {
+  with_dtype(t.dtype, [&]<class T>(T) {
+    with_activation(t.activation, [&](auto act) {
+      const auto point = point_of(channels);
+      each_rows(offset, rows, width, [&](int64_t o, auto block) { forward<T>(t, act, point, o, width, block); });
+    });
+  });
+}
+
+void forward_planes(const Tensors& t, const Channels& channels, const Geometry& geometry, int64_t begin, int64_t end) {
+  with_dtype(t.dtype, [&]<class T>(T) {
+    with_activation(t.activation, [&](auto act) {
+      each_piece(geometry, begin, end, [&](Piece piece) {
+        forward<T>(t, act, point_of(channels, piece.channel), piece.offset, piece.length, Constant<1>{});
+      });
+    });
+  });
+}
+
+// Backward
+
+template <class T, bool kExtra, class Act>
+struct Gradient {
+  const Act& act;
+  const typename T::Scalar *dy, *extra;  // extra: the residual, or the output where the activation takes it
+
+  Gradient(const Tensors& t, const Act& act, int64_t offset)
+      : act(act), dy(at<T>(t.dy, offset)), extra(at<T>(Act::kTakesOutput ? t.y : t.residual, offset)) {}
+
+  template <class Load>
+  Vec operator()(Vec centred, Vec scale, Vec bias, Load load_from) const {
+    if constexpr (kExtra && Act::kTakesOutput) return act.backward(load_from(dy), load_from(extra));
+    Vec z = centred * scale + bias;
+    if constexpr (kExtra) z += load_from(extra);
+    return act.backward(load_from(dy), z);
+  }
+};
+
+template <class T, Backward kMode, bool kExtra, class Act, class Value, class Accumulator, class Rows>
+void backward(const Tensors& t, const Act& act, const Point<Value>& point, int64_t offset, int64_t n, Rows rows,
+              Accumulator& sums, float weight = 1.0f) {
+  const auto* x = at<T>(t.x, offset);
+  const Gradient<T, kExtra, Act> gradient(t, act, offset);
+  auto *dx = at<T>(t.out, offset), *dresidual = at<T>(t.dresidual, offset);
+  const bool around_caches = t.stream;
+  const Prefetch<typename T::Scalar> prefetch(n, rows.value);
+  each_vector(n, [&](int64_t i, auto lanes) {
+    const Vec mean = point.mean(i), scale = point.scale(i), bias = point.bias(i);
+    Vec centre, slope, sum{}, sum_centred{};
+    if constexpr (kMode == Backward::exact) centre = weight * point.centre(i), slope = weight * point.slope(i);
+    for (int r = 0; r < rows.value; ++r) {
+      const int64_t k = r * n + i;
+      prefetch(x + k);
+      prefetch(gradient.dy + k);
+      if constexpr (kExtra) prefetch(gradient.extra + k);
+      const Vec centred = load<T>(x + k, lanes) - mean;
+      const Vec g = gradient(centred, scale, bias, [&](const auto* p) { return load<T>(p + k, lanes); });
+      if constexpr (kMode != Backward::exact) {
+        sum += g;
+        sum_centred += g * centred;
+      }
+      if constexpr (kMode == Backward::reduce) continue;
+      Vec d = scale * g;
+      if constexpr (kMode == Backward::exact) d -= centre + slope * centred;
+      put<T>(dx + k, d, around_caches, lanes);
+      if (dresidual) put<T>(dresidual + k, g, around_caches, lanes);
+    }
+    if constexpr (kMode != Backward::exact) sums.add(i, sum, sum_centred);
+  });
+}
+
+template <class Body>
+void with_mode(Backward mode, Body body) {
+  switch (mode) {
+    case Backward::reduce: return body.template operator()<Backward::reduce>();
+    case Backward::fused: return body.template operator()<Backward::fused>();
+    case Backward::exact: return body.template operator()<Backward::exact>();
+  }
+}
+
+// Calls body<T, kExtra>(activation).
+template <class Body>
+void with_gradient(const Tensors& t, Body body) {
+  with_dtype(t.dtype, [&]<class T>(T) {
+    with_activation(t.activation, [&]<class Act>(Act act) {
+      if (Act::kTakesOutput ? t.y : t.residual) body.template operator()<T, true>(act);
+      else body.template operator()<T, false>(act);
+    });
+  });
+}
+
+void backward_rows(const Tensors& t, const Channels& channels, Backward mode, int64_t offset, int64_t rows,
+                   int64_t width, Sums totals, float* scratch) {
+  const int64_t part = scratch_size(width) / 3;
+  with_gradient(t, [&]<class T, bool kExtra>(auto act) {
+    with_mode(mode, [&]<Backward kMode>() {
+      const auto point = point_of(channels);
+      LaneSums sums{scratch, scratch + part};
+      for (int64_t first = 0; first < rows; first += kBlockRows) {
+        if (kMode != Backward::exact) clear(scratch, 2 * part);
+        const int64_t count = rows - first < kBlockRows ? rows - first : kBlockRows;
+        each_rows(offset + first * width, count, width, [&](int64_t o, auto block) {
+          backward<T, kMode, kExtra>(t, act, point, o, width, block, sums);
+        });
+        if (kMode == Backward::exact) continue;
+        for (int64_t i = 0; i < width; ++i) totals.first[i] += sums.g[i];
+        for (int64_t i = 0; i < width; ++i) totals.second[i] += sums.g_centred[i];
+      }
+    });
+  });
+}
+
+void backward_planes(const Tensors& t, const Channels& channels, Backward mode, const Geometry& geometry,
+                     int64_t begin, int64_t end, Sums totals) {
+  with_gradient(t, [&]<class T, bool kExtra>(auto act) {
+    with_mode(mode, [&]<Backward kMode>() {
+      each_piece(geometry, begin, end, [&](Piece piece) {
+        const auto point = point_of(channels, piece.channel);
+        for (int64_t first = 0; first < piece.length; first += kBlock) {
+          const int64_t n = piece.length - first < kBlock ? piece.length - first : kBlock;
+          PlaneSums sums;
+          backward<T, kMode, kExtra>(t, act, point, piece.offset + first, n, Constant<1>{}, sums);
+          if (kMode == Backward::exact) continue;
+          totals.first[piece.sums] += sum_of(sums.g);
+          totals.second[piece.sums] += sum_of(sums.g_centred);
+        }
+      });
+    });
+  });
+}
+
+// Correction of sampled elements: computed anew from x and dy, so that dx is rounded once.
+
+void correct_rows(const Tensors& t, const Channels& channels, int64_t width, Sampled sampled) {
+  with_gradient(t, [&]<class T, bool kExtra>(auto act) {
+    const auto point = point_of(channels);
+    PlaneSums unused;
+    for (int64_t s = 0; s < sampled.count; ++s)
+      backward<T, Backward::exact, kExtra>(t, act, point, sampled.positions[s] * width, width, Constant<1>{}, unused,
+                                           sampled.weights[s]);
+  });
+}
+
+void correct_planes(const Tensors& t, const Channels& channels, int64_t spatial, int64_t plane, int64_t begin,
+                    int64_t end, Sampled sampled) {
+  with_gradient(t, [&]<class T, bool kExtra>(auto act) {
+    for (int64_t channel = begin; channel < end; ++channel, plane += spatial) {
+      const auto point = point_of(channels, channel);
+      const auto* x = at<T>(t.x, plane);
+      auto* dx = at<T>(t.out, plane);
+      const Gradient<T, kExtra, decltype(act)> gradient(t, act, plane);
+      each_vector(sampled.count, [&](int64_t s, auto lanes) {
+        const auto load_from = [&](const auto* p) { return gather<T>(p, sampled.positions + s, lanes); };
+        const Vec centred = load_from(x) - point.mean.v;
+        const Vec g = gradient(centred, point.scale.v, point.bias.v, load_from);
+        const Vec share = load<Float32>(sampled.weights + s, lanes) * (point.centre.v + point.slope.v * centred);
+        scatter<T>(dx, sampled.positions + s, point.scale.v * g - share, lanes);
+      });
+    }
+  });
+}
+
+}  // namespace
+
+const Kernels kernels = {
+    moments_rows,   moments_sampled_rows, moments_planes,  moments_sampled_planes, forward_rows,
+    forward_planes, backward_rows,        backward_planes, correct_rows,           correct_planes,
+};
+
+}  // namespace leannorm::LEANNORM_ISA

@@ -1,0 +1,93 @@
+// What one thread does to one stretch of memory: the interface between the driver and the kernels of an instruction set.
+//
+// Legend
+//   row         all channels of one position, in channels-last memory; a wide row is `fold` of them
+//   plane       the elements of one channel of one sample, in contiguous memory; cut into pieces
+//   unit        a wide row or a piece of a plane, counted in memory's order
+//   position    of a sampled element: its row, or its index in its plane
+//   z           (x - mean) scale + bias + residual;  y = act(z);  g = dy act'(z)
+//   dx          scale g - weight (centre + slope (x - mean)), weight 1 except in `correct`
+#pragma once
+
+#include <cstdint>
+
+namespace leannorm {
+
+enum class Dtype : int { float32, bfloat16, float16 };
+enum class Kind : int { clamp, leaky_relu, silu, hardswish, gelu, gelu_tanh };
+
+struct Activation {
+  Kind kind;
+  float first, second;  // clamp: the bounds, NaN for none; leaky_relu: the slope
+};
+
+struct Geometry {
+  int64_t samples, channels, spatial;
+  int64_t fold;    // rows in a wide row
+  int64_t pieces;  // of a plane
+  int64_t width() const { return channels * fold; }
+};
+
+// Per channel; repeated for wide rows and padded to whole vectors.
+struct Channels {
+  const float *mean, *scale, *bias, *centre, *slope;
+};
+
+struct Tensors {
+  Dtype dtype;
+  Activation activation;
+  const void *x, *dy;
+  const void* residual;  // may be null
+  const void* y;         // backward's alternative to the residual, for activations that take their output; may be null
+  void* out;             // y in forward, dx in backward
+  void* dresidual;       // may be null
+  bool stream;           // the outputs exceed the caches: write around them
+};
+
+enum class Backward : int { reduce, fused, exact };  // sums alone; dx = scale g and the sums; dx alone
+
+// Two sums a channel: of x and of its squared distance from its mean; or of g and of g (x - mean).
+// For a plane's part they lie at part * channels + channel, for rows at the lane.
+struct Sums {
+  double *first, *second;
+};
+
+// Positions in ascending order, with their weights.
+struct Sampled {
+  const int64_t* positions;
+  const float* weights;
+  int64_t count;
+};
+
+// Floats of scratch for rows of a width.
+constexpr int64_t scratch_size(int64_t width) { return 3 * (width + 64); }
+
+// begin and end count units. Moments are zero before, sums of backward are added to.
+struct Kernels {
+  void (*moments_rows)(const Tensors&, int64_t offset, int64_t rows, int64_t width, Sums, float* scratch);
+  void (*moments_sampled_rows)(const Tensors&, int64_t width, Sampled, Sums, float* scratch);
+  void (*moments_planes)(const Tensors&, const Geometry&, int64_t begin, int64_t end, Sums);
+  // Planes of the channels [begin, end) of one sample, the first at the offset `plane`.
+  void (*moments_sampled_planes)(const Tensors&, int64_t spatial, int64_t plane, int64_t begin, int64_t end, Sampled,
+                                 Sums);
+  void (*forward_rows)(const Tensors&, const Channels&, int64_t offset, int64_t rows, int64_t width);
+  void (*forward_planes)(const Tensors&, const Channels&, const Geometry&, int64_t begin, int64_t end);
+  void (*backward_rows)(const Tensors&, const Channels&, Backward, int64_t offset, int64_t rows, int64_t width, Sums,
+                        float* scratch);
+  void (*backward_planes)(const Tensors&, const Channels&, Backward, const Geometry&, int64_t begin, int64_t end, Sums);
+  void (*correct_rows)(const Tensors&, const Channels&, int64_t width, Sampled);
+  void (*correct_planes)(const Tensors&, const Channels&, int64_t spatial, int64_t plane, int64_t begin, int64_t end,
+                         Sampled);
+};
+
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace portable {
+extern const Kernels kernels;
+}
+
+}  // namespace leannorm
