@@ -119,7 +119,7 @@ def test_refused_with_the_reason_and_left_alone(form, reason):
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (random.getstate(), np.random.get_state()[2], vars(model)) == states[1:]  # noqa: NPY002
     assert model.training
-    assert list(vars(model)["_buffers"]) == []
+    assert list(model._buffers) == ["position"]
 
 
 @pytest.mark.parametrize(
@@ -128,6 +128,7 @@ def test_refused_with_the_reason_and_left_alone(form, reason):
         pytest.param(_overwrites_the_other, "", id="the sum is written into the other"),
         pytest.param(lambda self, y, x: torch.add(y, x, alpha=2), "", id="alpha"),
         pytest.param(lambda self, y, x: y + 1, "", id="a number"),
+        pytest.param(lambda self, y, x: F.relu(y + self.position), "", id="a buffer"),
         pytest.param(lambda self, y, x: torch.clamp(y, min=0), "", id="one bound"),
         pytest.param(lambda self, y, x: F.leaky_relu(y, -0.1), "", id="a negative slope"),
         pytest.param(lambda self, y, x: F.softplus(y), "", id="another activation"),

@@ -123,7 +123,7 @@ def shares(request):
     terminal = request.config.pluginmanager.getplugin("terminalreporter")
     terminal.write_line("\nBN layers that are fused with what follows them")
     for family, counts in sorted(found.items()):
-        fused, total = counts.pop("fused"), counts.pop("total")
+        fused, total = counts.pop("fused", 0), counts.pop("total")
         terminal.write_line(f"  {family}: {fused} of {total} ({fused / total:.0%})")
         for reason, count in counts.items():
             terminal.write_line(f"      {count} refused: {reason}")

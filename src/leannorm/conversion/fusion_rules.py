@@ -149,15 +149,18 @@ def _uninterrupted(first: fx.Node, last: fx.Node, own: list[fx.Node]) -> bool:
 
 
 def _residual(user: fx.Node, value: fx.Node) -> fx.Node | None:
-    """Give the node that is added to a value; not where the sum is written into that node's tensor."""
+    """Give the node that is added to a value; not where the sum is written into that node's tensor.
+
+    A parameter or buffer is not taken: it has no entry for each sample, and is broadcast.
+    """
     if user.op == "call_module" or len(user.args) != 2 or user.kwargs not in ({}, {"alpha": 1}):
         return None
     first, second = user.args
     if user.target in _ADD and second is value:
         first, second = second, first
-    if user.target in _ADD | _ADD_INTO and first is value and isinstance(second, fx.Node) and second is not value:
-        return second
-    return None
+    if user.target not in _ADD | _ADD_INTO or first is not value or second is value:
+        return None
+    return second if isinstance(second, fx.Node) and second.op != "get_attr" else None
 
 
 def _activation(user: fx.Node, value: fx.Node) -> Activation | None:
