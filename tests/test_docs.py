@@ -1,14 +1,33 @@
-"""Examples in docstrings run."""
+"""The README's example and those in docstrings run."""
 
 import doctest
 import importlib
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 import leannorm
 
-NAMES = ["activation", "functional", "spelling", "nn.batchnorm", "conversion.swap", "conversion.recalibration"]
+NAMES = [
+    "activation",
+    "functional",
+    "spelling",
+    "nn.batchnorm",
+    "conversion.swap",
+    "conversion.fusion",
+    "conversion.recalibration",
+]
+
+
+def test_the_readme_example_prints_what_it_says(capsys):
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    promised = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
+    assert len(promised) == 3
+    assert capsys.readouterr().out.splitlines() == promised
 
 
 @pytest.mark.parametrize("name", [f"leannorm.{name}" for name in NAMES])
