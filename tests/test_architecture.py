@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "ops": set(),
     "backends": {"ops"},
     "functional": {"activation", "backends", "ops", "statistics"},
-    "nn": {"activation", "functional", "statistics"},
+    "nn": {"activation", "functional", "ops", "statistics"},
     "conversion": {"activation", "nn", "records", "statistics"},
     "graph": {"nn", "records"},
     "quantize": {"nn", "records"},

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from leannorm.activation import Activation
-    from leannorm.conversion import convert, freeze, recalibrate, revert, unfreeze
+    from leannorm.conversion import convert, freeze, fuse, recalibrate, revert, unfreeze
     from leannorm.deploy.verify import verify
     from leannorm.graph import fold
     from leannorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
@@ -37,6 +37,7 @@ _HOMES = {
     "convert": "leannorm.conversion",
     "fold": "leannorm.graph",
     "freeze": "leannorm.conversion",
+    "fuse": "leannorm.conversion",
     "parse_statistics": "leannorm.spelling",
     "recalibrate": "leannorm.conversion",
     "revert": "leannorm.conversion",
@@ -60,6 +61,7 @@ __all__ = [
     "convert",
     "fold",
     "freeze",
+    "fuse",
     "parse_statistics",
     "recalibrate",
     "revert",

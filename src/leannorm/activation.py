@@ -89,6 +89,8 @@ def as_activation(value: str | Activation | None) -> Activation | None:
 
 def activation_of(module: nn.Module) -> Activation | None:
     """Give the activation that a torch module computes, or None where it is not one of ours."""
+    if type(module).__module__ != "torch.nn.modules.activation":
+        return None  # a subclass may compute something else
     match module:
         case nn.ReLU6():
             return _NAMED["relu6"]

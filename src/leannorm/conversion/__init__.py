@@ -1,7 +1,8 @@
 """Model transforms while training: they change the model in place, share its parameters, and report what they did."""
 
 from leannorm.conversion.freezing import freeze, unfreeze
+from leannorm.conversion.fusion import fuse
 from leannorm.conversion.recalibration import recalibrate
 from leannorm.conversion.swap import convert, revert
 
-__all__ = ["convert", "freeze", "recalibrate", "revert", "unfreeze"]
+__all__ = ["convert", "freeze", "fuse", "recalibrate", "revert", "unfreeze"]

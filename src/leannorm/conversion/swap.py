@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from leannorm.activation import activation_of
-from leannorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from leannorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, fused
 from leannorm.nn.batchnorm import SampledBatchNorm
 from leannorm.nn.virtual import VirtualEntry, VirtualMark, detach_entries
 from leannorm.records import Change, Refusal, TransformReport
@@ -98,10 +98,12 @@ def convert(
 def revert(model: M) -> tuple[M, TransformReport]:
     """Make the converted BN layers of a model plain again, in place: `torch.nn.BatchNorm*d`, or what they were.
 
+    Fused modules compute by their own forward again.
+
     Returns:
         The model, and a report. A layer that was built with an activation is refused: torch's own would drop it.
     """
-    changes, refusals = [], []
+    changes, refusals = unfuse(model), []
     for name, module in model.named_modules():
         if not isinstance(module, SampledBatchNorm):
             continue
@@ -114,6 +116,16 @@ def revert(model: M) -> tuple[M, TransformReport]:
     if not refusals:
         detach_entries(model)
     return model, TransformReport(tuple(changes), tuple(refusals))
+
+
+def unfuse(model: nn.Module) -> list[Change]:
+    """Give fused modules the class that they had before `fuse`; the BN layers stay leannorm's."""
+    changes = []
+    for name, module in model.named_modules():
+        if isinstance(module, fused.Fused):
+            fused.unfuse(module)
+            changes.append(Change(name, f"{type(module).__name__}, no longer fused"))
+    return changes
 
 
 def adopt(module: _BatchNorm) -> SampledBatchNorm | str:

@@ -107,9 +107,18 @@ class SampledBatchNorm(_BatchNorm):
         """Set the mode; a frozen layer stays in eval mode."""
         return super().train(mode and not self.frozen)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Normalize ``input``, add ``residual`` (same shape and dtype), and activate."""
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, activation: str | Activation | None = None
+    ) -> Tensor:
+        """Normalize ``input``, add ``residual`` (same shape and dtype), and activate.
+
+        ``activation`` is one for this call, of a layer that has none of its own.
+        """
         self._check_input_dim(input)
+        if activation is None:
+            activation = self.activation
+        elif self.activation is not None:
+            raise ValueError(f"a layer that applies {self.activation} was called with the activation {activation}")
         if not self.training:
             return functional.normalize(
                 input,
@@ -119,7 +128,7 @@ class SampledBatchNorm(_BatchNorm):
                 self.bias,
                 eps=self.eps,
                 residual=residual,
-                activation=self.activation,
+                activation=activation,
             )
         if self.statistics.virtual:
             self._check_mark(input)
@@ -131,7 +140,7 @@ class SampledBatchNorm(_BatchNorm):
             statistics=regions,
             eps=self.eps,
             residual=residual,
-            activation=self.activation,
+            activation=activation,
         )
         if self.track_running_stats and not recomputing():
             self._track(input, mean, var, regions)

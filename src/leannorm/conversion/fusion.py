@@ -1,0 +1,104 @@
+"""fuse: batch norm, the addition and the activation after it become one operator, in place; the model keeps its class.
+
+A block keeps its children, parameters and names, and takes a subclass of its class whose training forward, generated
+from a trace, calls each BN layer together with the steps that follow it (`leannorm.nn.fused`). In eval mode, and for
+calls that the trace does not hold for, it computes by its own forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from leannorm.conversion.fusion_check import difference, training_outputs
+from leannorm.conversion.fusion_plan import Plan, has_own_forward, is_sequential
+from leannorm.conversion.swap import abandon, adopt, unfuse
+from leannorm.nn.batchnorm import SampledBatchNorm
+from leannorm.nn.fused import fused_class
+from leannorm.records import Change, Refusal, TransformReport
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def fuse(model: M, example_inputs: Tensor | tuple[Any, ...] | None = None) -> tuple[M, TransformReport]:
+    """Compute each BN layer with the addition and the activation after it in one operator; in place.
+
+    Found are modules, functions, methods and in-place forms of addition, ReLU, ReLU6, Hardtanh, clamp, leaky ReLU,
+    SiLU, hardswish and GELU. Outputs and gradients stay, up to rounding; so do parameters, buffers, state-dict names,
+    hooks and `isinstance`. Of a block, only the training forward changes; it is traced with `torch.fx`, so numbers and
+    flags that the block's own forward reads become constants (where one is set later, the block is no longer fused).
+    `revert` undoes it, and it may come before or after `convert`.
+
+    Args:
+        model: any module.
+        example_inputs: the arguments of a call, a tensor or a tuple. With them the model's training outputs before and
+            after are compared, and if they differ nothing is fused.
+
+    Returns:
+        The model, and a report of every BN layer: what its operator computes, or why it is left alone.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    >>> fuse(model)[1].changes
+    (Change(module='1', action='batch norm + relu'),)
+    """
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+    unfuse(model)
+    expected = [] if inputs is None else training_outputs(model, inputs)
+    adopted, reasons = _adopt_all(model)
+    plan = Plan.of(model)
+    for module, rewrite in plan.classes.items():
+        module.__class__ = fused_class(type(module), rewrite)
+    failure = None if inputs is None else _failure(model, inputs, expected)
+    if failure is not None:
+        unfuse(model)
+        plan = Plan(
+            reasons=dict.fromkeys(model.modules(), f"fusing this model changed its training outputs: {failure}")
+        )
+    changes, refusals = [], []
+    for name, module in model.named_modules():
+        if not isinstance(module, _BatchNorm):
+            continue
+        reason = reasons.get(module) or _reason(model, name, module, plan)
+        if reason is None:
+            changes.append(Change(name, plan.actions.get(module, "batch norm")))
+        else:
+            refusals.append(Refusal(name, reason))
+            if module in adopted:
+                abandon(adopted[module])
+    return model, TransformReport(tuple(changes), tuple(refusals))
+
+
+def _adopt_all(model: nn.Module) -> tuple[dict[nn.Module, SampledBatchNorm], dict[nn.Module, str]]:
+    adopted, reasons = {}, {}
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and not isinstance(module, SampledBatchNorm):
+            layer = adopt(module)
+            if isinstance(layer, str):
+                reasons[module] = layer
+            else:
+                adopted[module] = layer
+    return adopted, reasons
+
+
+def _failure(model: nn.Module, inputs: tuple[Any, ...], expected: list[Any]) -> str | None:
+    try:
+        return difference(training_outputs(model, inputs), expected)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _reason(model: nn.Module, name: str, layer: nn.Module, plan: Plan) -> str | None:
+    """Say why a layer is left alone, or None."""
+    if layer in plan.actions:
+        return None
+    if layer in plan.reasons:
+        return plan.reasons[layer]
+    while name:  # up to the module whose forward calls it
+        name = name.rpartition(".")[0]
+        owner = model.get_submodule(name)
+        if has_own_forward(owner) and not is_sequential(owner):
+            reason = plan.untraceable.get(owner)
+            return reason and f"{type(owner).__name__}: {reason}"
+    return None

@@ -1,0 +1,207 @@
+"""Decide for each module of a model whether and how it is fused; nothing is changed here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+from torch.fx.graph_module import _format_import_block  # fx writes its own pickles with it
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.package.importer import sys_importer
+
+from leannorm.activation import Activation, activation_of
+from leannorm.conversion.fusion_rules import Match, match, rewrite
+from leannorm.conversion.fusion_trace import UntraceableError, positional_parameters, trace
+from leannorm.nn.batchnorm import SampledBatchNorm
+from leannorm.nn.fused import Rewrite, activation_step, children_of_containers, end_of_steps, fused_class, is_observed
+
+
+@dataclass
+class Plan:
+    """What is to be fused.
+
+    Args:
+        classes: modules that take a fused class, with their rewrite (None for a Sequential).
+        actions: what the call of a layer computes, in words.
+        reasons: why a layer is left alone.
+        untraceable: modules without a graph, and why.
+    """
+
+    classes: dict[nn.Module, Rewrite | None] = field(default_factory=dict)
+    actions: dict[nn.Module, str] = field(default_factory=dict)
+    reasons: dict[nn.Module, str] = field(default_factory=dict)
+    untraceable: dict[nn.Module, str] = field(default_factory=dict)
+    _tails: dict[nn.Module, Rewrite] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Plan:
+        """Plan the fusing of a model whose BN layers are leannorm's where they can be."""
+        plan = cls()
+        for module in reversed(list(model.modules())):  # parts before what they are part of
+            if isinstance(module, SampledBatchNorm):
+                plan._add_layer(module)
+            elif is_sequential(module):
+                plan._add_sequential(module)
+            elif has_own_forward(module) and any(isinstance(part, _BatchNorm) for part in module.modules()):
+                try:
+                    plan._add_block(module)
+                except UntraceableError as error:
+                    plan.untraceable[module] = str(error)
+        return plan
+
+    def _add_layer(self, layer: SampledBatchNorm) -> None:
+        if is_observed(layer):
+            self.reasons[layer] = "it has hooks, which see its output"
+        elif layer.activation is not None:
+            self.actions[layer] = f"batch norm + {layer.activation}"
+
+    def _add_sequential(self, module: nn.Module) -> None:
+        layers = [layer for layer in module._modules.values() if layer is not None]
+        for at, layer in enumerate(layers):
+            if not isinstance(layer, SampledBatchNorm) or self._tail(layer) is None:
+                continue
+            end = end_of_steps(layers, at + 1)
+            if end > at + 1 and (activation := activation_step(layers[end - 1])) is not None:
+                self.actions[layer] = f"batch norm + {activation}"
+                self.classes[module] = None
+            elif at + 1 < len(layers) and activation_of(layers[at + 1]) is not None:
+                self.reasons[layer] = "the activation after it has hooks"
+
+    def _add_block(self, block: nn.Module) -> None:
+        if not any(self._tail(part) is not None for part in _callable_parts(block)):
+            return
+        modules = dict(block.named_modules(remove_duplicate=False))
+        graphs = _graphs(block)
+        matches, used, alone = {}, {}, {}
+        for kinds, graph in graphs.items():
+            matches[kinds] = self._matches(graph, modules, alone)
+            used |= {modules[str(found.call.target)]: found.action for found in matches[kinds]}
+        last = {kinds: self._output(graph, modules) for kinds, graph in graphs.items()}
+        tails = {str(call.target) if call is not None else None for call in last.values()}
+        tail = tails.pop() if len(tails) == 1 else None
+        constants: list[Activation] = []
+        for kinds, graph in graphs.items():
+            rewrite(graph, matches[kinds], last[kinds] if tail is not None else None, constants)
+        planned = Rewrite(
+            tuple((kinds, _source(graph)) for kinds, graph in graphs.items()),
+            *positional_parameters(type(block).forward),
+            tuple(constants),
+            tail,
+            children_of_containers(block),
+        )
+        try:
+            fused_class(type(block), planned)
+        except Exception as error:
+            raise UntraceableError(f"its fused forward cannot be made: {error}") from error
+        if tail is not None:
+            self._tails[block] = planned
+        if used:
+            self.classes[block] = planned
+        for layer, reason in alone.items():
+            self.actions.pop(layer, None)
+            if reason is not None:
+                self.reasons[layer] = reason
+        for layer, action in used.items():
+            self._use(layer, action)
+
+    def _matches(
+        self, graph: fx.Graph, modules: dict[str, nn.Module], alone: dict[nn.Module, str | None]
+    ) -> list[Match]:
+        """Find the matches of a graph, layers before modules that end in one, the last call first.
+
+        ``alone`` gets the layers that the graph calls without steps, with the reason if something hinders.
+        """
+        calls = [node for node in graph.nodes if node.op == "call_module"]
+        calls = [node for node in reversed(calls) if self._tail(modules[str(node.target)]) is not None]
+        calls.sort(key=lambda node: not isinstance(modules[str(node.target)], SampledBatchNorm))
+        matches, taken = [], set()
+        for call in calls:
+            layer, found = modules[str(call.target)], match(call, modules, taken)
+            if isinstance(found, Match) and found.steps:
+                matches.append(found)
+                taken.update(found.nodes)
+            elif isinstance(layer, SampledBatchNorm):
+                alone[layer] = found if isinstance(found, str) else None
+        return matches
+
+    def _output(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> fx.Node | None:
+        """Give the layer's call that is the output, if it is."""
+        (value,) = next(node for node in reversed(graph.nodes) if node.op == "output").args
+        if not isinstance(value, fx.Node) or value.op != "call_module" or len(value.users) != 1:
+            return None
+        if len(value.args) != 1 or value.kwargs or self._tail(modules[str(value.target)]) is None:
+            return None
+        return value
+
+    def _tail(self, module: nn.Module | None) -> SampledBatchNorm | None:
+        """Give the layer that can take the steps after a module's call."""
+        if module is None or is_observed(module):
+            return None
+        if isinstance(module, SampledBatchNorm):
+            return module if module.activation is None else None
+        if is_sequential(module):
+            return self._tail(next(reversed(module._modules.values()), None))
+        if module in self._tails:
+            return self._tail(module.get_submodule(self._tails[module].tail or ""))
+        return None
+
+    def _use(self, module: nn.Module, action: str) -> None:
+        """Let a module take steps: it, and its last part down to the layer, become fused."""
+        while not isinstance(module, SampledBatchNorm):
+            if is_sequential(module):
+                self.classes[module] = None
+                module = next(reversed(list(module.children())))
+            else:
+                self.classes[module] = self._tails[module]
+                module = module.get_submodule(self._tails[module].tail or "")
+        self.actions[module] = action
+
+
+def is_sequential(module: nn.Module) -> bool:
+    """Whether a module computes what `torch.nn.Sequential` does."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a module's forward is Python code of somebody's own."""
+    return not type(module).__module__.startswith("torch.") and type(module).forward is not nn.Module.forward
+
+
+def _callable_parts(block: nn.Module) -> Iterator[nn.Module]:
+    """Give the modules that a block's forward may call itself: its children, and those in its containers."""
+    for child in block.children():
+        yield child
+        if isinstance(child, nn.ModuleList | nn.ModuleDict) or is_sequential(child):
+            yield from _callable_parts(child)
+
+
+def _graphs(block: nn.Module) -> dict[tuple[str, ...], fx.Graph]:
+    """Trace a block for each number of tensors that its forward takes, and for one list."""
+    if "forward" in block.__dict__:
+        raise UntraceableError("its forward was set on the instance")
+    names, required = positional_parameters(type(block).forward)
+    calls = [("tensor",) * count for count in range(required, len(names) + 1)]
+    if required == 1:
+        calls.append(("list",))
+    graphs, errors = {}, []
+    for kinds in calls:
+        try:
+            graphs[kinds] = trace(block, kinds)
+        except UntraceableError as error:
+            errors.append(error)
+    if not graphs:
+        raise errors[0]
+    for kinds, graph in graphs.items():
+        if _source(graph) != _source(trace(block, kinds, children_train=False)):
+            raise UntraceableError("its forward reads the training mode of its children")
+    return graphs
+
+
+def _source(graph: fx.Graph) -> str:
+    code = graph.python_code("self")
+    try:
+        imports = _format_import_block(code.globals, sys_importer)
+    except Exception as error:
+        raise UntraceableError(f"its forward calls a function that cannot be imported: {error}") from error
+    return f"{imports}\n{code.src}"

@@ -1,0 +1,196 @@
+"""Find in a traced graph the steps after a batch norm layer's call that its operator can compute; rewrite them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from leannorm.activation import Activation, activation_of, as_activation
+from leannorm.nn.fused import activation_step, chain, is_identity
+
+_ADD, _ADD_INTO = {operator.add, torch.add, "add"}, {operator.iadd, "add_"}
+_PLAIN = {
+    "relu": {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"},
+    "relu6": {F.relu6},
+    "silu": {F.silu},
+    "hardswish": {F.hardswish},
+}
+_GELU, _LEAKY_RELU, _HARDTANH = {F.gelu}, {F.leaky_relu, F.leaky_relu_}, {F.hardtanh, F.hardtanh_}
+_CLAMP = {torch.clamp, torch.clamp_, torch.clip, torch.clip_, "clamp", "clamp_", "clip", "clip_"}
+
+
+@dataclass(frozen=True)
+class Match:
+    """A layer's call and the steps after it that the layer can compute.
+
+    Args:
+        call: the node that calls the layer.
+        steps: a node to be added, the name of a module to be called, or an activation.
+        nodes: the nodes of the steps, in their order; the last gives the value.
+        action: what is fused, in words.
+    """
+
+    call: fx.Node
+    steps: tuple[fx.Node | str | Activation, ...]
+    nodes: tuple[fx.Node, ...]
+    action: str
+
+
+def match(call: fx.Node, modules: Mapping[str, nn.Module], taken: Set[fx.Node]) -> Match | str:
+    """Find the addition and the activation after a layer's call; none of them is a match too.
+
+    Args:
+        call: the node that calls the layer.
+        modules: the block's modules by their qualified names.
+        taken: additions that another layer computes.
+
+    Returns:
+        The match, or the reason why what follows cannot be the layer's.
+    """
+    steps: list[fx.Node | str | Activation] = []
+    nodes: list[fx.Node] = []
+    words: list[str] = []
+    useful = 0
+    value, added = call, None
+    while True:
+        if len(value.users) > 1 and not useful:
+            return f"its output is used {len(value.users)} times"
+        if len(value.users) != 1:
+            break
+        (user,) = value.users
+        module = _called(user, value, modules)
+        residual = _residual(user, value) if added is None and user not in taken else None
+        activation = _activation(user, value) if module is None else activation_step(module)
+        if module is not None and activation is None and activation_of(module) is not None:
+            return f"{user.target}, the activation after it, has hooks"
+        if activation is not None and added is not None and not _uninterrupted(added, user, nodes):
+            break
+        if activation is None and residual is None and not is_identity(module):
+            break
+        nodes.append(user)
+        steps.append(residual or (str(user.target) if module is not None else activation) or "")
+        value = user
+        if residual is not None:
+            added = user
+            words.append("add")
+        elif activation is not None:
+            words.append(str(activation))
+        if residual is not None or activation is not None:
+            useful = len(steps)
+        if activation is not None:
+            break
+    return Match(call, tuple(steps[:useful]), tuple(nodes[:useful]), " + ".join(["batch norm", *words]))
+
+
+def rewrite(graph: fx.Graph, matches: list[Match], tail: fx.Node | None, constants: list[Activation]) -> None:
+    """Replace each match by one call of `leannorm.nn.fused.chain`.
+
+    Args:
+        graph: is changed.
+        matches: with steps.
+        tail: the layer's call that gives the output, which is to take the steps after the block's own call; or None.
+        constants: activations without a module; new ones are appended.
+    """
+    replaced: dict[fx.Node, fx.Node] = {}
+    for found in matches:
+        with graph.inserting_before(found.nodes[-1]):
+            steps = [_step(graph, step, constants) for step in found.steps]
+            fused = _chain(graph, found.call, tuple(replaced.get(step, step) for step in steps))
+        found.nodes[-1].replace_all_uses_with(fused)
+        replaced[found.nodes[-1]] = fused
+        for node in (*reversed(found.nodes), found.call):
+            graph.erase_node(node)
+    if tail is not None:
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        with graph.inserting_after(placeholders[-1]):
+            steps = graph.placeholder("steps_after_the_block")
+        with graph.inserting_before(tail):
+            fused = _chain(graph, tail, steps)
+        tail.replace_all_uses_with(fused)
+        graph.erase_node(tail)
+
+
+def _chain(graph: fx.Graph, call: fx.Node, steps: Any) -> fx.Node:
+    layer = graph.create_node("get_attr", str(call.target))
+    return graph.call_function(chain, (layer, call.args[0], steps))
+
+
+def _step(graph: fx.Graph, step: fx.Node | str | Activation, constants: list[Activation]) -> fx.Node:
+    if isinstance(step, fx.Node):
+        return step
+    if isinstance(step, str):
+        return graph.create_node("get_attr", step)
+    if step not in constants:
+        constants.append(step)
+    return graph.create_node("get_attr", f"_fused_activation_{constants.index(step)}")
+
+
+def _called(user: fx.Node, value: fx.Node, modules: Mapping[str, nn.Module]) -> nn.Module | None:
+    """Give the module that a node calls with the value alone."""
+    if user.op != "call_module" or user.args != (value,) or user.kwargs:
+        return None
+    return modules[str(user.target)]
+
+
+def _uninterrupted(first: fx.Node, last: fx.Node, own: list[fx.Node]) -> bool:
+    """Whether nothing else, which could change the residual in place, is computed between two nodes."""
+    node = first.next
+    while node is not last:
+        if node not in own and node.op != "get_attr":
+            return False
+        node = node.next
+    return True
+
+
+def _residual(user: fx.Node, value: fx.Node) -> fx.Node | None:
+    """Give the node that is added to a value; not where the sum is written into that node's tensor."""
+    if user.op == "call_module" or len(user.args) != 2 or user.kwargs not in ({}, {"alpha": 1}):
+        return None
+    first, second = user.args
+    if user.target in _ADD and second is value:
+        first, second = second, first
+    if user.target in _ADD | _ADD_INTO and first is value and isinstance(second, fx.Node) and second is not value:
+        return second
+    return None
+
+
+def _activation(user: fx.Node, value: fx.Node) -> Activation | None:
+    """Give the activation that a function or method computes of a value."""
+    if user.op not in ("call_function", "call_method"):
+        return None
+    for name, forms in _PLAIN.items():
+        if user.target in forms and _arguments(user, value, inplace=False) is not None:
+            return as_activation(name)
+    if user.target in _GELU and (given := _arguments(user, value, approximate="none")) is not None:
+        return as_activation("gelu_tanh" if given["approximate"] == "tanh" else "gelu")
+    if user.target in _LEAKY_RELU and (given := _arguments(user, value, negative_slope=0.01, inplace=False)):
+        return _valid("leaky_relu", given["negative_slope"])
+    if user.target in _HARDTANH and (given := _arguments(user, value, min_val=-1.0, max_val=1.0, inplace=False)):
+        return _valid("clamp", given["min_val"], given["max_val"])
+    if user.target in _CLAMP and (given := _arguments(user, value, min=None, max=None)):
+        return _valid("clamp", given["min"], given["max"])
+    return None
+
+
+def _arguments(user: fx.Node, value: fx.Node, **defaults: Any) -> dict[str, Any] | None:
+    """Give the arguments after the value by their names; None for any that is unknown or computed."""
+    first, *rest = user.args or (None,)
+    given = dict(zip(defaults, rest, strict=False)) | user.kwargs
+    if first is not value or len(rest) > len(defaults) or given.keys() - defaults.keys():
+        return None
+    if any(isinstance(argument, fx.Node) for argument in given.values()):
+        return None
+    return defaults | given
+
+
+def _valid(kind: str, *parameters: Any) -> Activation | None:
+    try:
+        return Activation(kind, parameters)
+    except (TypeError, ValueError):  # clamp with one bound, a slope that is not positive
+        return None

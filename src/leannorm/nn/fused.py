@@ -1,0 +1,302 @@
+"""Modules whose own call computes batch norm, addition and activation in one operator, as `leannorm.fuse` makes them.
+
+What is fused is a call, not a layer: the generated forward of a block names the BN layer and the steps that follow it,
+and `chain` looks at each call whether they fit one operator. So whatever is changed afterwards (a layer swapped, a hook
+added, statistics converted, another path that calls the layer alone) computes what it would without fusing.
+"""
+
+from __future__ import annotations
+
+import functools
+import linecache
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from leannorm.activation import Activation, activation_of
+from leannorm.nn.batchnorm import SampledBatchNorm
+from leannorm.ops.definition import activate
+
+Step = Tensor | Activation | nn.Module  # a tensor is added
+
+
+def chain(layer: nn.Module, input: Tensor, steps: tuple[Step, ...] = ()) -> Tensor:
+    """Apply a layer, then each step: add a tensor, activate, or call a module; in one operator where it can be.
+
+    It can be where the layer is leannorm's (or a fused module that ends in one), a residual of the input's shape and
+    dtype comes first, an activation last, and no hook wants to see what lies between.
+    """
+    if takes_steps(layer):
+        if not isinstance(layer, SampledBatchNorm):
+            return layer(input, fused_steps=steps)
+        operands = _operands(input, steps)
+        if operands is not None:
+            return layer(input, *operands)
+    return _follow(layer(input), steps)
+
+
+def _follow(value: Tensor, steps: tuple[Step, ...]) -> Tensor:
+    for step in steps:
+        if isinstance(step, nn.Module):
+            value = step(value)
+        elif isinstance(step, Activation):
+            value = activate(value, step.kind, step.parameters)
+        else:
+            value = value + step
+    return value
+
+
+def takes_steps(layer: nn.Module | None) -> bool:
+    """Whether a layer can compute the steps that follow it in its own call."""
+    if layer is None or is_observed(layer):
+        return False
+    if isinstance(layer, SampledBatchNorm):
+        return layer.activation is None
+    return isinstance(layer, Fused) and takes_steps(tail(layer))
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Whether something from outside sees, or replaces, what the module's call computes."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def is_identity(module: object) -> bool:
+    """Whether a step does nothing."""
+    return type(module) is nn.Identity and not is_observed(module)
+
+
+def activation_step(step: object) -> Activation | None:
+    """Give the activation that a step computes, or None where it is not one that a layer can apply."""
+    if isinstance(step, Activation):
+        return step
+    return activation_of(step) if isinstance(step, nn.Module) and not is_observed(step) else None
+
+
+def _operands(input: Tensor, steps: tuple[Step, ...]) -> tuple[Tensor | None, Activation | None] | None:
+    residual = activation = None
+    for step in steps:
+        if is_identity(step):
+            continue
+        if activation is not None:
+            return None
+        if isinstance(step, Tensor):
+            if residual is not None or (step.shape, step.dtype, step.device) != (
+                input.shape, input.dtype, input.device
+            ):  # fmt: skip
+                return None
+            residual = step
+        else:
+            activation = activation_step(step)
+            if activation is None:
+                return None
+    return residual, activation
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """How a fused block computes in training mode: source text, so that it pickles.
+
+    Args:
+        forwards: for the kinds of a call's arguments (keys of `KINDS`) the source of the forward that holds for them;
+            any other call computes by the block's own forward.
+        parameters: names of the own forward's positional parameters, as far as the optional ones are None by default.
+        required: how many of them have no default.
+        constants: activations that the sources name ``self._fused_activation_0`` and so on.
+        tail: qualified name of the layer that takes the steps after the block's own call, if there is one.
+        containers: what `children_of_containers` gave; where it has changed, the block computes by its own forward.
+    """
+
+    forwards: tuple[tuple[tuple[str, ...], str], ...]
+    parameters: tuple[str, ...]
+    required: int
+    constants: tuple[Activation, ...] = ()
+    tail: str | None = None
+    containers: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
+KINDS: dict[str, type] = {"tensor": Tensor, "list": list}
+
+
+def _kind(argument: object) -> str:
+    return next((name for name, kind in KINDS.items() if isinstance(argument, kind)), "")
+
+
+class Fused(nn.Module):
+    """Base of the classes that fusing gives to modules, as `torch.nn.utils.parametrize` does; see `fused_class`.
+
+    It adds no name without the prefix ``_fused_``, which would hide a child or method of the module's own.
+    """
+
+    _fused_original: ClassVar[type[nn.Module]]
+    _fused_rewrite: ClassVar[Rewrite | None]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if _has_another_class(self):
+            return super().__reduce_ex__(protocol)
+        return _blank, (self._fused_original, self._fused_rewrite), self.__getstate__()
+
+
+def unfuse(module: Fused) -> None:
+    """Give a fused module back the class that it had.
+
+    Raises:
+        RuntimeError: if it was given another class since.
+    """
+    if _has_another_class(module):
+        raise RuntimeError(
+            f"a fused {module._fused_original.__name__} became a {type(module).__name__} after leannorm.fuse; undo "
+            "that before the module is fused again or reverted, or call leannorm.fuse last"
+        )
+    module.__class__ = module._fused_original  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def tail(module: Fused) -> nn.Module | None:
+    """Give the part whose output is a fused module's output, if there is one."""
+    if isinstance(module, FusedBlock):
+        path = module._fused_rewrite.tail
+        return None if path is None else module.get_submodule(path)
+    return next(reversed(module._modules.values()), None)
+
+
+def _has_another_class(module: Fused) -> bool:
+    return type(module) is not fused_class(module._fused_original, module._fused_rewrite)
+
+
+class FusedSequential(Fused):
+    """A `torch.nn.Sequential` that computes a BN layer and the activation after it in one operator."""
+
+    def forward(self, input: Any, *, fused_steps: tuple[Step, ...] = ()) -> Any:
+        """Apply the layers in their order, then the steps."""
+        if not self.training and not fused_steps:
+            return super().forward(input)
+        layers = [layer for layer in self._modules.values() if layer is not None]
+        value, at = input, 0
+        while at < len(layers):
+            end = at + 1
+            if isinstance(layers[at], SampledBatchNorm):
+                end = end_of_steps(layers, end)
+            following = (*layers[at + 1 : end], *(fused_steps if end == len(layers) else ()))
+            value = chain(layers[at], value, following)
+            at = end
+        return value
+
+
+def end_of_steps(layers: list[nn.Module], start: int) -> int:
+    """Give the index after the identities and the activation that begin at ``start``; ``start`` if there are none."""
+    end = start
+    while end < len(layers) and is_identity(layers[end]):
+        end += 1
+    return end + 1 if end < len(layers) and activation_step(layers[end]) is not None else start
+
+
+def children_of_containers(block: nn.Module) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Give the names of a block's children, and of those in its containers, whose children it may call, by path."""
+    found = [("", tuple(block._modules))]
+    for name, child in block.named_children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+            found += [(f"{name}.{path}".rstrip("."), names) for path, names in children_of_containers(child)]
+    return tuple(found)
+
+
+def _submodule(module: nn.Module, path: str) -> nn.Module:
+    for name in path.split(".") if path else ():
+        module = module._modules[name] or module
+    return module
+
+
+# Set by torch itself on any module.
+_FRAMEWORK = frozenset([*vars(nn.Module()), "_compiled_call_impl", "__class__"])
+
+
+class FusedBlock(Fused):
+    """A module whose training forward was traced and calls each BN layer with the steps that follow it."""
+
+    _fused_rewrite: ClassVar[Rewrite]  # pyright: ignore[reportIncompatibleVariableOverride]
+    _fused_forwards: ClassVar[dict[tuple[str, ...], Callable[..., Any]]]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        known = name in self.__dict__ or name in self._modules or hasattr(type(self), name)
+        if known and name not in _FRAMEWORK:
+            warnings.warn(
+                f"{type(self).__name__}.{name} is set after leannorm.fuse, which traced the block with what it had: "
+                "the block is no longer fused. Call leannorm.fuse after such changes",
+                stacklevel=2,
+            )
+            unfuse(self)
+            return setattr(self, name, value)
+        return super().__setattr__(name, value)
+
+
+def compute(block: FusedBlock, args: tuple[Any, ...], kwargs: dict[str, Any], steps: tuple[Step, ...]) -> Any:
+    """Compute what a block's own forward and then the steps would."""
+    given = _arguments(block._fused_rewrite, args, kwargs) if block.training else None
+    if given is not None and _has_its_children(block):
+        forward = block._fused_forwards.get(tuple([_kind(argument) for argument in given]))
+        if forward is not None:
+            return forward(block, *given) if block._fused_rewrite.tail is None else forward(block, *given, steps)
+    return _follow(block._fused_original.forward(block, *args, **kwargs), steps)
+
+
+def _arguments(rewrite: Rewrite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    """Give a call's arguments by position, without a trailing None; or None where that cannot be said."""
+    names, taken = rewrite.parameters, 0
+    while taken < len(kwargs) and len(args) < len(names) and names[len(args)] in kwargs:
+        args += (kwargs[names[len(args)]],)
+        taken += 1
+    while len(args) > rewrite.required and args[-1] is None:
+        args = args[:-1]
+    return args if taken == len(kwargs) and len(args) <= len(names) else None
+
+
+def _has_its_children(block: FusedBlock) -> bool:
+    """Whether no child has come or gone since the block was traced."""
+    return all(tuple(_submodule(block, path)._modules) == names for path, names in block._fused_rewrite.containers)
+
+
+@functools.cache
+def fused_class(original: type[nn.Module], rewrite: Rewrite | None) -> type[Fused]:
+    """Make the class of a fused module: a subclass of the one that it has, so that `isinstance` holds.
+
+    Args:
+        original: the class; a `torch.nn.Sequential` without a forward of its own if there is no rewrite.
+        rewrite: the traced forwards, or None for a `FusedSequential`.
+    """
+    members: dict[str, Any] = {"_fused_original": original, "_fused_rewrite": rewrite, "__module__": __name__}
+    if rewrite is None:
+        bases = (FusedSequential, original)
+    else:
+        bases = (FusedBlock, original)
+        members |= {f"_fused_activation_{i}": constant for i, constant in enumerate(rewrite.constants)}
+        members["_fused_forwards"] = {
+            kinds: _function(source, f"<leannorm.fuse {original.__qualname__} {hash(source):x}>")
+            for kinds, source in rewrite.forwards
+        }
+
+        @functools.wraps(original.forward)
+        def forward(self: FusedBlock, *args: Any, fused_steps: tuple[Step, ...] = (), **kwargs: Any) -> Any:
+            return compute(self, args, kwargs, fused_steps)
+
+        members["forward"] = forward
+    metaclass: Any = type(original)
+    return metaclass(f"Fused{original.__name__}", bases, members)
+
+
+def _function(source: str, filename: str) -> Callable[..., Any]:
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)  # for tracebacks
+    namespace: dict[str, Any] = {}
+    exec(compile(source, filename, "exec"), namespace)  # the text that fuse generated, or its pickle
+    return namespace["forward"]
+
+
+def _blank(original: type[nn.Module], rewrite: Rewrite | None) -> Fused:
+    cls = fused_class(original, rewrite)
+    return cls.__new__(cls)
