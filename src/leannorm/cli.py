@@ -129,6 +129,57 @@ def report(
         typer.echo(f"page: {out}")
 
 
+bench = typer.Typer(help="Measure speed against torch, behind a correctness gate.", no_args_is_help=True)
+main.add_typer(bench, name="bench")
+
+Statistics = Annotated[str, typer.Option(help="Sources that leannorm is timed with, separated by commas.")]
+Repeats = Annotated[int, typer.Option(help="Samples of each side, interleaved.")]
+Compile = Annotated[bool, typer.Option("--compile", help="Time torch.compile too; slow.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of torch; its own choice if left out.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Tiny sizes, to see that it works; proves nothing about speed.")]
+Result = Annotated[
+    Path | None, typer.Option("--out", help="File; benchmarks/results/KIND-MACHINE-YYYY-MM.json if left out.")
+]
+OverwriteResult = Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")]
+
+
+@bench.command()
+def layers(
+    image_size: Annotated[int, typer.Option(help="Pixels of the images whose ResNet-50 shapes are taken.")] = 224,
+    batch: Annotated[int, typer.Option(help="Images in a batch.")] = 16,
+    layouts: Annotated[str, typer.Option(help="Of channels_last, contiguous.")] = "channels_last,contiguous",
+    dtypes: Annotated[str, typer.Option(help="Of fp32, bf16.")] = "fp32,bf16",
+    statistics: Statistics = "full,fs:1/32,grid:1/32,grid:1/8",
+    compiled: Compile = False,
+    repeats: Repeats = 11,
+    seed: Annotated[int, typer.Option(help="Of the data and the order of the samples.")] = 0,
+    device: Device = "cpu",
+    threads: Threads = None,
+    quick: Quick = False,
+    out: Result = None,
+    overwrite: OverwriteResult = False,
+) -> None:
+    """Time BN, BN+ReLU and BN+add+ReLU, forward and backward, on the shapes of ResNet-50."""
+    with _clean_errors(), _measuring():
+        from leannorm.bench import command
+        from leannorm.bench.layers import Plan, run
+
+        plan = Plan(
+            image_size=image_size,
+            batch=batch,
+            layouts=tuple(layouts.split(",")),
+            dtypes=tuple(dtypes.split(",")),
+            statistics=_sources(statistics),
+            compiled=compiled,
+            device=device,
+            repeats=repeats,
+            seed=seed,
+            quick=quick,
+        )
+        command.measure("layers", run, plan, threads=threads, out=out, overwrite=overwrite)
+
+
 @contextmanager
 def _clean_errors() -> Iterator[None]:
     """Show what the user can mend as one message, and an interruption as what to do next."""
