@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from leannorm.bench.results import Conditions
 from leannorm.train.environment import environment
+
+if TYPE_CHECKING:
+    from leannorm.bench.plan import Plan
 
 ALLOCATOR = (
     "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD", "MALLOC_CONF", "GLIBC_TUNABLES", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_",
@@ -17,12 +21,13 @@ ALLOCATOR = (
 _CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
-def conditions(*, device: str, repeats: int, seed: int, quick: bool) -> Conditions:
-    """Describe this process and the device that it measures.
+def conditions(plan: Plan) -> Conditions:
+    """Describe this process and the device that the plan measures.
 
     Raises:
         ValueError: if there is no such device.
     """
+    device = plan.device
     kind = torch.device(device).type
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"bench measures on cpu or cuda, got {device!r}")
@@ -33,10 +38,12 @@ def conditions(*, device: str, repeats: int, seed: int, quick: bool) -> Conditio
         device="cpu" if kind == "cpu" else torch.cuda.get_device_name(device),
         threads=torch.get_num_threads(),
         allocator=tuple((name, os.environ[name]) for name in ALLOCATOR if name in os.environ),
-        cache_bytes=_cpu_cache(_CPU_CACHES) if kind == "cpu" else torch.cuda.get_device_properties(device).L2_cache_size,
-        repeats=repeats,
-        seed=seed,
-        quick=quick,
+        cache_bytes=_cpu_cache(_CPU_CACHES)
+        if kind == "cpu"
+        else torch.cuda.get_device_properties(device).L2_cache_size,
+        repeats=plan.repeats,
+        seed=plan.seed,
+        quick=plan.quick,
     )
 
 

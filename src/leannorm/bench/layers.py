@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from leannorm.bench import gate, timing
-from leannorm.bench.conditions import conditions
+from leannorm.bench.plan import DTYPES, LAYOUTS
 from leannorm.bench.progress import track
 from leannorm.bench.reference import normalized
 from leannorm.bench.results import LayerBenchmark, LayerCase
@@ -23,11 +23,10 @@ from leannorm.statistics import FullBatch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from leannorm.bench.results import Check, Timing
+    from leannorm.bench.plan import LayerPlan
+    from leannorm.bench.results import Check, Conditions, Timing
     from leannorm.statistics import Statistics
 
-LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 QUICK_SHAPES = 2
 _KINK = 4  # roundings of the largest element, within which the sign of an element is anybody's guess
 
@@ -45,50 +44,6 @@ OPERATIONS = {
     "bn+relu": Operation(residual=False, relu=True),
     "bn+add+relu": Operation(residual=True, relu=True),
 }
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to measure.
-
-    Args:
-        image_size: pixels of the images whose ResNet-50 shapes are taken.
-        batch: images.
-        layouts: of `LAYOUTS`.
-        dtypes: of `DTYPES`; parameters stay fp32, as under autocast.
-        statistics: spellings of the sources that leannorm's layer is timed with.
-        compiled: time torch.compile too.
-        device: cpu or cuda.
-        repeats: rounds of samples.
-        seed: of the data and the order.
-        quick: take two shapes and the shortest samples, which prove nothing about speed.
-
-    Raises:
-        ValueError: for something unknown or not positive.
-    """
-
-    image_size: int = 224
-    batch: int = 16
-    layouts: tuple[str, ...] = tuple(LAYOUTS)
-    dtypes: tuple[str, ...] = tuple(DTYPES)
-    statistics: tuple[str, ...] = ("full", "fs:1/32", "grid:1/32", "grid:1/8")
-    compiled: bool = False
-    device: str = "cpu"
-    repeats: int = 11
-    seed: int = 0
-    quick: bool = False
-
-    def __post_init__(self) -> None:
-        for what, values, known in (("layout", self.layouts, LAYOUTS), ("dtype", self.dtypes, DTYPES)):
-            for value in values:
-                if value not in known:
-                    raise ValueError(f"unknown {what} {value!r}; expected one of {', '.join(known)}")
-        for spelling in self.statistics:
-            if parse_statistics(spelling).virtual:
-                raise ValueError(f"statistics {spelling!r} append samples to a model's input, which no layer has")
-        for name in ("image_size", "batch", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -136,14 +91,12 @@ class TorchLayer(nn.Module):
         return y if self.relu is None else self.relu(y)
 
 
-def run(plan: Plan, *, progress: bool = False) -> LayerBenchmark:
+def run(plan: LayerPlan, conditions: Conditions, *, progress: bool = False) -> LayerBenchmark:
     """Check every case, then time every case.
 
     Raises:
         RedGate: if a side of any case is less accurate than it may be; nothing is timed then.
-        ValueError: if the device is not there.
     """
-    described = conditions(device=plan.device, repeats=plan.repeats, seed=plan.seed, quick=plan.quick)
     shapes = list(dict.fromkeys(batch_norm_shapes("torchvision:resnet50", plan.image_size)))
     cases = [
         Case(operation, (plan.batch, *shape), layout, dtype, plan.device, plan.seed)
@@ -162,7 +115,7 @@ def run(plan: Plan, *, progress: bool = False) -> LayerBenchmark:
     timings = [measure(case, plan) for case in track(cases, "timing", shown=progress)]
     return LayerBenchmark(
         kind="layers",
-        conditions=described,
+        conditions=conditions,
         image_size=plan.image_size,
         batch=plan.batch,
         cases=tuple(
@@ -172,7 +125,7 @@ def run(plan: Plan, *, progress: bool = False) -> LayerBenchmark:
     )
 
 
-def sides(case: Case, plan: Plan) -> dict[str, nn.Module]:
+def sides(case: Case, plan: LayerPlan) -> dict[str, nn.Module]:
     """Make the layers that are compared, with the same parameters: torch's first."""
     operation, channels = OPERATIONS[case.operation], case.shape[1]
     torchs = TorchLayer(channels, operation)
@@ -192,7 +145,7 @@ def sides(case: Case, plan: Plan) -> dict[str, nn.Module]:
     return {side: layer.to(case.device) for side, layer in layers.items()}
 
 
-def measure(case: Case, plan: Plan) -> tuple[Timing, ...]:
+def measure(case: Case, plan: LayerPlan) -> tuple[Timing, ...]:
     """Time the sides of a case, and a copy of its input, against each other."""
     x, residual, dy = case.inputs()
     steps: dict[str, Callable[[], object]] = {
@@ -209,7 +162,7 @@ def measure(case: Case, plan: Plan) -> tuple[Timing, ...]:
     )
 
 
-def check(case: Case, plan: Plan) -> tuple[Check, ...]:
+def check(case: Case, plan: LayerPlan) -> tuple[Check, ...]:
     """Compare y and all gradients of each side with float64."""
     dtype, found = DTYPES[case.dtype], []
     layers = sides(case, plan)

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from leannorm.activation import as_activation
 from leannorm.nn.batchnorm import SampledBatchNorm
 from leannorm.ops import definition
 
 if TYPE_CHECKING:
+    from leannorm.activation import Activation
     from leannorm.statistics import Regions
 
 
@@ -29,11 +31,14 @@ def normalized(
 class ByDefinition(SampledBatchNorm):
     """A converted layer in training mode, without running statistics."""
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, activation: str | Activation | None = None
+    ) -> Tensor:
         """Normalize, add, activate."""
+        act = as_activation(activation) or self.activation
         regions = self.statistics.regions(input.shape, self.place)
         z = normalized(input, self.weight, self.bias, residual, regions, self.eps)
-        return definition.activate(z, self.activation.kind, self.activation.parameters) if self.activation else z
+        return definition.activate(z, act.kind, act.parameters) if act else z
 
 
 def by_definition(model: nn.Module) -> nn.Module:

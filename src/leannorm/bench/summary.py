@@ -85,7 +85,9 @@ def layer_rows(benchmark: LayerBenchmark) -> list[LayerRow]:
                         mean_quartiles(speedups.values()),
                         speedups[worst].median,
                         worst.shape,
-                        geometric_mean([quartiles(floor_share(case, side)).median for case in large]) if large else None,
+                        geometric_mean([quartiles(floor_share(case, side)).median for case in large])
+                        if large
+                        else None,
                     )
                 )
     return rows
