@@ -172,7 +172,7 @@ def check(case: Case, plan: LayerPlan) -> tuple[Check, ...]:
         wanted, dy = full, full_dy
         if side not in ("torch.compile", "full"):
             wanted, dy = exact(case, parse_statistics(side), plan.seed)
-        found += gate.check(side, _gradients(layer, case, dy, plan.seed), wanted, torchs, full, dtype)
+        found += gate.check(side, [_gradients(layer, case, dy, plan.seed)], wanted, [torchs], full, dtype)
     return tuple(found)
 
 
