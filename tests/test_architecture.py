@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "report": {"records"},
     "train": {"conversion", "nn", "records", "spelling", "statistics"},
     "deploy": {"conversion", "graph", "quantize", "records", "report", "train"},
-    "cli": {"deploy", "records", "report", "train"},
+    "bench": {"activation", "conversion", "nn", "ops", "records", "spelling", "statistics", "train"},
+    "cli": {"bench", "deploy", "records", "report", "train"},
 }
 
 

@@ -12,6 +12,8 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from leannorm.bench.plan import Plan
+
 # Everything else is imported by the command that needs it, so that `leannorm --help` answers at once.
 
 main = typer.Typer(
@@ -127,6 +129,128 @@ def report(
         records.write_text(out, html.page(deployments))
         rich.print(text.summary(deployments))
         typer.echo(f"page: {out}")
+
+
+bench = typer.Typer(help="Measure speed against torch, behind a correctness gate.", no_args_is_help=True)
+main.add_typer(bench, name="bench")
+
+ImageSize = Annotated[int, typer.Option(help="Pixels of a side of the images.")]
+Batch = Annotated[int, typer.Option(help="Images in a batch.")]
+Sources = Annotated[str, typer.Option("--statistics", help="Sources that leannorm is timed with.")]
+Compiled = Annotated[bool, typer.Option("--compile", help="Time torch.compile too; slow.")]
+Repeats = Annotated[int, typer.Option(help="Samples of each side, interleaved.")]
+Seed = Annotated[int, typer.Option(help="Of the data and of the order of the samples.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of torch; its own choice if left out.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Tiny sizes, to see that it works; proves nothing about speed.")]
+Results = Annotated[
+    Path | None, typer.Option("--out", help="File; benchmarks/results/KIND-MACHINE-YYYY-MM.json if left out.")
+]
+Replace = Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")]
+
+
+@bench.command()
+def layers(
+    image_size: ImageSize = 224,
+    batch: Batch = 16,
+    layouts: Annotated[str, typer.Option(help="Memory layouts.")] = "channels_last,contiguous",
+    dtypes: Annotated[str, typer.Option(help="Of the maps; parameters stay fp32.")] = "fp32,bf16",
+    statistics: Sources = "full,fs:1/32,grid:1/32,grid:1/8",
+    compiled: Compiled = False,
+    repeats: Repeats = 11,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    threads: Threads = None,
+    quick: Quick = False,
+    out: Results = None,
+    overwrite: Replace = False,
+) -> None:
+    """Time BN, BN+ReLU and BN+add+ReLU, forward and backward, on ResNet-50's shapes."""
+    with _clean_errors():
+        from leannorm.bench.plan import LayerPlan, listed
+
+        plan = LayerPlan(
+            image_size=image_size,
+            batch=batch,
+            statistics=listed(statistics),
+            compiled=compiled,
+            device=device,
+            repeats=repeats,
+            seed=seed,
+            layouts=listed(layouts),
+            dtypes=listed(dtypes),
+        )
+        _measure(plan, quick=quick, threads=threads, out=out, overwrite=overwrite)
+
+
+@bench.command()
+def training(
+    image_size: ImageSize = 224,
+    batch: Batch = 8,
+    models: Annotated[
+        str, typer.Option(help="Of torchvision.")
+    ] = "resnet50,densenet121,efficientnet_b0,mobilenet_v3_large,regnet_y_400mf",
+    statistics: Sources = "full,fs:1/32,grid:1/32,grid:1/8",
+    compiled: Compiled = False,
+    repeats: Repeats = 11,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    threads: Threads = None,
+    quick: Quick = False,
+    out: Results = None,
+    overwrite: Replace = False,
+) -> None:
+    """Time the whole training step of models, channels_last and fp32, converted and fused."""
+    with _clean_errors():
+        from leannorm.bench.plan import TrainingPlan, listed
+
+        plan = TrainingPlan(
+            image_size=image_size,
+            batch=batch,
+            statistics=listed(statistics),
+            compiled=compiled,
+            device=device,
+            repeats=repeats,
+            seed=seed,
+            models=listed(models),
+        )
+        _measure(plan, quick=quick, threads=threads, out=out, overwrite=overwrite)
+
+
+@bench.command()
+def table(
+    results: Annotated[Path, typer.Argument(help="A file that `bench layers` or `bench training` wrote.")],
+) -> None:
+    """Show the table of earlier RESULTS; measures nothing."""
+    with _clean_errors():
+        import rich
+
+        from leannorm.bench.results import read
+        from leannorm.bench.table import tables
+
+        rich.print(tables(read(results)))
+
+
+def _measure(plan: Plan, *, quick: bool, threads: int | None, out: Path | None, overwrite: bool) -> None:
+    import rich
+
+    from leannorm.bench.command import measure
+    from leannorm.bench.gate import RedGate
+    from leannorm.bench.plan import quickly
+    from leannorm.bench.table import tables
+
+    try:
+        results, file = measure(
+            quickly(plan) if quick else plan, threads=threads, out=out, overwrite=overwrite, progress=True
+        )
+    except RedGate as red:
+        typer.echo(str(red), err=True)
+        raise typer.Exit(1) from red
+    except KeyboardInterrupt as error:
+        typer.echo("interrupted: nothing is kept", err=True)
+        raise typer.Exit(130) from error
+    rich.print(tables(results))
+    typer.echo(f"raw results: {file}")
 
 
 @contextmanager

@@ -1,0 +1,94 @@
+"""Interleaved timing: every round takes one sample of every side, in random order."""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from leannorm.bench.results import Timing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+SHORTEST_SAMPLE = 5e-3  # seconds; far above the clock's grain and a thread's wake-up
+
+
+def interleave(
+    steps: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    seed: int = 0,
+    device: str = "cpu",
+    shortest_sample: float = SHORTEST_SAMPLE,
+) -> tuple[Timing, ...]:
+    """Time steps against each other.
+
+    Each step is warmed up, and repeated within a sample until one sample lasts ``shortest_sample``. What slows the
+    machine for a while then slows all sides of a round alike, so that ratios within a round are sound.
+
+    Args:
+        steps: what to time, by the side's name.
+        repeats: samples of each side.
+        seed: of the order within the rounds.
+        device: "cpu" or "cuda"; on the latter events are timed.
+        shortest_sample: seconds.
+
+    Returns:
+        One timing a side, in the order of ``steps``.
+    """
+    seconds_of = _cuda_seconds if torch.device(device).type == "cuda" else _cpu_seconds
+    iterations = {side: _iterations(step, seconds_of, shortest_sample) for side, step in steps.items()}
+    samples: dict[str, list[float]] = {side: [] for side in steps}
+    order = list(steps)
+    shuffle = random.Random(seed).shuffle
+    with _no_garbage_collection():
+        for _ in range(repeats):
+            shuffle(order)
+            for side in order:
+                samples[side].append(seconds_of(steps[side], iterations[side]))
+    return tuple(Timing(side, iterations[side], tuple(samples[side])) for side in steps)
+
+
+def _iterations(step: Callable[[], object], seconds_of: Callable, shortest_sample: float) -> int:
+    """Warm up, then give the number of iterations that a sample needs."""
+    seconds_of(step, 1)
+    iterations = 1
+    while (elapsed := iterations * seconds_of(step, iterations)) < shortest_sample:
+        iterations = max(iterations + 1, math.ceil(1.2 * iterations * shortest_sample / max(elapsed, 1e-7)))
+    return iterations
+
+
+def _cpu_seconds(step: Callable[[], object], iterations: int) -> float:
+    start = time.perf_counter_ns()
+    for _ in range(iterations):
+        step()
+    return (time.perf_counter_ns() - start) / 1e9 / iterations
+
+
+def _cuda_seconds(step: Callable[[], object], iterations: int) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(iterations):
+        step()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3 / iterations
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,193 @@
+"""`leannorm bench training`: the whole training step of a model, forward, loss, backward and SGD."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from leannorm.activation import activation_of
+from leannorm.bench import gate, timing
+from leannorm.bench.progress import track
+from leannorm.bench.reference import by_definition
+from leannorm.bench.results import SavedBytes, TrainingBenchmark, TrainingCase
+from leannorm.conversion import convert, fuse
+from leannorm.spelling import parse_statistics
+from leannorm.train.models import build
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from leannorm.bench.plan import TrainingPlan
+    from leannorm.bench.results import Check, Conditions, Timing
+
+CLASSES = 1000
+FUSED = " + fuse"
+TRIALS = 3
+
+
+def run(plan: TrainingPlan, conditions: Conditions, *, progress: bool = False) -> TrainingBenchmark:
+    """Check every model, then time every model.
+
+    Raises:
+        RedGate: if a side of any model is less accurate than it may be; nothing is timed then.
+        ValueError: for a model that torchvision has not.
+    """
+    for name in plan.models:
+        build(f"torchvision:{name}", classes=CLASSES, channels=3)  # a misspelt name is told before minutes of checks
+    checks = [check(name, plan) for name in track(plan.models, "checking", shown=progress)]
+    red = [line for name, found in zip(plan.models, checks, strict=True) for line in gate.failures(name, found)]
+    if red:
+        raise gate.RedGate(red)
+    cases = []
+    for name, found in zip(track(plan.models, "timing", shown=progress), checks, strict=True):
+        kept, timed = measure(name, plan)
+        cases.append(TrainingCase(name, found, kept, timed))
+    return TrainingBenchmark(
+        kind="training",
+        conditions=conditions,
+        image_size=plan.image_size,
+        batch=plan.batch,
+        layout="channels_last",
+        dtype="fp32",
+        cases=tuple(cases),
+    )
+
+
+@torch.no_grad()
+def ceiling(model: nn.Module, images: Tensor) -> nn.Module:
+    """Replace batch norm and activations by Identity in a copy; additions stay.
+
+    What its step gains over the model's is the most that a faster batch norm with its activation can gain. Weights are
+    drawn anew so that maps and logits keep their size without normalization, since arithmetic on subnormal numbers is
+    many times slower.
+    """
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, _BatchNorm) or activation_of(module) is not None:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, nn.Identity())
+        elif isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if linear:
+        linear[-1].weight /= model(images).std()
+    return model
+
+
+def sides(model: nn.Module, plan: TrainingPlan) -> dict[str, nn.Module]:
+    """Make copies of a model: torch's own, converted for each source, converted and fused."""
+    models = {"torch": copy.deepcopy(model)}
+    if plan.compiled:
+        torch.compiler.reset()
+        models["torch.compile"] = copy.deepcopy(model)
+        models["torch.compile"].compile(dynamic=False)
+    for spelling in plan.statistics:
+        models[spelling] = _converted(model, spelling)
+        models[spelling + FUSED] = fuse(_converted(model, spelling))[0]
+    return models
+
+
+def measure(name: str, plan: TrainingPlan) -> tuple[tuple[SavedBytes, ...], tuple[Timing, ...]]:
+    """Count what the sides of a model save for backward, then time their steps against each other."""
+    model, images, labels = _setting(name, plan)
+    models = sides(model, plan)
+    kept = tuple(
+        SavedBytes(side, saved_bytes(each, images)) for side, each in models.items() if side != "torch.compile"
+    )
+    models["ceiling"] = ceiling(model, images)
+    timed = timing.interleave(
+        {side: _step(each, images, labels) for side, each in models.items()},
+        repeats=plan.repeats,
+        seed=plan.seed,
+        device=plan.device,
+        shortest_sample=0.0 if plan.quick else timing.SHORTEST_SAMPLE,
+    )
+    return kept, timed
+
+
+def saved_bytes(model: nn.Module, images: Tensor) -> int:
+    """Give the bytes of all storages that a forward pass keeps for backward, without parameters and images."""
+    storages: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(images)
+    for tensor in (images, *model.parameters(), *model.buffers()):
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    del output  # until here, so that no storage was freed and its place taken by another
+    return sum(storages.values())
+
+
+def check(name: str, plan: TrainingPlan) -> tuple[Check, ...]:
+    """Compare logits and gradients of each side with float64.
+
+    A network amplifies rounding, and more so with few samples. So torch's error is that of the same network: torch's
+    own with full statistics, torch's operators by the definition with sampled ones. Each trial but the first moves the
+    images by a rounding, since a sign that changes before a ReLU can outweigh all other errors.
+    """
+    model, images, labels = _setting(name, plan)
+    trials = [images] + [_moved(images, seed) for seed in range(1, TRIALS)]
+    models = sides(model, plan)
+    plain = models.pop("torch")
+    found = []
+    references: dict[str, tuple[list[dict[str, Tensor]], dict[str, Tensor]]] = {}
+    for side, each in models.items():
+        spelling = "full" if side == "torch.compile" else side.removesuffix(FUSED)
+        if spelling not in references:
+            reference = plain if spelling == "full" else by_definition(_converted(model, spelling))
+            torchs = [_gradients(reference, trial, labels, plan.seed) for trial in trials]
+            references[spelling] = torchs, _gradients(reference.double(), images.double(), labels, plan.seed)
+        torchs, exact = references[spelling]
+        ours = [_gradients(each, trial, labels, plan.seed) for trial in trials]
+        found += gate.check(side, ours, exact, torchs, exact, torch.float32)
+    return tuple(found)
+
+
+def _setting(name: str, plan: TrainingPlan) -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(plan.seed)
+    model = build(f"torchvision:{name}", classes=CLASSES, channels=3)
+    images = torch.randn(plan.batch, 3, plan.image_size, plan.image_size)
+    labels = torch.randint(CLASSES, (plan.batch,))
+    model = model.to(plan.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - torch's stub
+    return model, images.to(plan.device, memory_format=torch.channels_last), labels.to(plan.device)
+
+
+def _moved(images: Tensor, seed: int) -> Tensor:
+    """Move each pixel up or down by a rounding."""
+    signs = torch.randint(0, 2, images.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return images * (1 + signs.to(images) * torch.finfo(images.dtype).eps)
+
+
+def _converted(model: nn.Module, spelling: str) -> nn.Module:
+    return convert(copy.deepcopy(model), parse_statistics(spelling))[0]
+
+
+def _step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], object]:
+    # A rate of zero costs what any other does, and keeps every side at the numbers with which it began.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+
+    def step() -> None:
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _gradients(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> dict[str, Tensor]:
+    for module in model.modules():
+        if isinstance(module, _DropoutNd) or type(module).__name__ == "StochasticDepth":
+            module.eval()  # what random numbers they draw depends on the dtype
+    torch.manual_seed(seed)
+    logits = model(images)
+    gradients = torch.autograd.grad(F.cross_entropy(logits, labels), list(model.parameters()))
+    return {"logits": logits.detach(), "gradients": torch.cat([g.flatten() for g in gradients])}

@@ -1,0 +1,74 @@
+import pytest
+import torch
+from torch import nn
+
+from leannorm.bench import training
+from leannorm.bench.conditions import conditions
+from leannorm.bench.gate import RedGate
+from leannorm.bench.plan import TrainingPlan, quickly
+
+PLAN = quickly(TrainingPlan(models=("resnet18",), statistics=("full", "grid:1/8")))
+SIDES = ["full", "full + fuse", "grid:1/8", "grid:1/8 + fuse"]
+
+
+def test_run_checks_and_times_every_side():
+    benchmark = training.run(PLAN, conditions(PLAN))
+    (case,) = benchmark.cases
+    assert case.model == "resnet18"
+    assert [timing.side for timing in case.timings] == ["torch", *SIDES, "ceiling"]
+    assert {(check.side, check.tensor) for check in case.checks} == {
+        (side, tensor) for side in SIDES for tensor in ("logits", "gradients")
+    }
+    assert [kept.side for kept in case.saved] == ["torch", *SIDES]
+
+
+def test_a_wrong_side_stops_everything(monkeypatch):
+    right = training.fuse
+
+    def fuse(model):
+        model, report = right(model)
+        model.bn1.eps = 1e-3
+        return model, report
+
+    monkeypatch.setattr(training, "fuse", fuse)
+    monkeypatch.setattr(training, "measure", lambda *_: pytest.fail("timed behind a red gate"))
+    with pytest.raises(RedGate, match=r"resnet18: full \+ fuse: ") as red:
+        training.run(PLAN, conditions(PLAN))
+    assert "resnet18: full:" not in str(red.value)
+
+
+def test_a_misspelt_model_is_told_before_anything_is_measured(monkeypatch):
+    monkeypatch.setattr(training, "check", lambda *_: pytest.fail("checked"))
+    plan = quickly(TrainingPlan(models=("resnet18", "resnet51")))
+    with pytest.raises(ValueError, match=r"unknown model 'torchvision:resnet51' \(did you mean"):
+        training.run(plan, conditions(plan))
+
+
+def test_the_ceiling_has_additions_and_nothing_to_normalize_or_activate():
+    model, images, labels = training._setting("resnet18", PLAN)
+    bare = training.ceiling(model, images)
+    left = [m for m in bare.modules() if isinstance(m, nn.BatchNorm2d | nn.ReLU)]
+    assert left == []
+    assert any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    x = torch.randn(2, 64, 8, 8)
+    block = bare.layer1[0]
+    torch.testing.assert_close(block(x), block.conv2(block.conv1(x)) + x)
+    nn.functional.cross_entropy(bare(images), labels).backward()
+    gradients = torch.cat([p.grad.flatten() for p in bare.parameters()])
+    assert gradients.isfinite().all()
+    assert not ((gradients != 0) & (gradients.abs() < torch.finfo(torch.float32).tiny)).any()
+
+
+def test_saved_bytes_by_hand():
+    x = torch.randn(4, 8, 6, 6)
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Sigmoid(), nn.Conv2d(8, 8, 1))
+    # the sigmoid saves its output, which the second convolution saves too: one storage; the images do not count
+    assert training.saved_bytes(model, x) == x.nbytes
+
+
+def test_fusing_saves_the_maps_between_batch_norm_and_silu():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.SiLU())
+    x = torch.randn(4, 3, 16, 16)
+    plain = training.saved_bytes(model, x)
+    fused = training.saved_bytes(training.fuse(training._converted(model, "full"))[0], x)
+    assert plain - fused == pytest.approx(4 * 8 * 16 * 16 * 4, abs=200)
