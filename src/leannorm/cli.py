@@ -60,7 +60,7 @@ def train(
     overwrite: Overwrite = False,
 ) -> None:
     """Train MODEL on DATA with any source of batch statistics."""
-    with _clean_errors():
+    with _clean_errors("interrupted: what was done is kept; the same command with --resume goes on"):
         from leannorm.train import run
 
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -254,15 +254,15 @@ def _measure(plan: Plan, *, quick: bool, threads: int | None, out: Path | None, 
 
 
 @contextmanager
-def _clean_errors() -> Iterator[None]:
-    """Show what the user can mend as one message, and an interruption as what to do next."""
+def _clean_errors(interrupted: str = "interrupted: nothing was changed") -> Iterator[None]:
+    """Show what the user can mend as one message, and an interruption as what it means."""
     try:
         yield
     except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
-        typer.echo("interrupted: what was done is kept; the same command with --resume goes on", err=True)
+        typer.echo(interrupted, err=True)
         raise typer.Exit(130) from error
 
 
