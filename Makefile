@@ -21,7 +21,7 @@ demo: env
 	$(BIN)/leannorm train resnet8 digits --statistics grid:1/4 $(DEMO) --out runs/demo/grid
 	$(BIN)/leannorm deploy runs/demo/full/best.ckpt --data digits --out runs/demo/full/deployed --overwrite
 	$(BIN)/leannorm deploy runs/demo/grid/best.ckpt --data digits --out runs/demo/grid/deployed --overwrite
-	$(BIN)/leannorm report runs/demo/full/deployed runs/demo/grid/deployed --out runs/demo/report.html
+	$(BIN)/leannorm report runs/demo/full/deployed runs/demo/grid/deployed --out runs/demo/report.html --overwrite
 
 lint: env
 	$(BIN)/ruff check .

@@ -141,6 +141,7 @@ def test_three_sources_added_weigh_equally():
         ("grid:0", "fraction must lie in"),
         ("grid:1/0", "not a number"),
         ("grid:x", "not a number"),
+        ("1e400*grid:1/4+fs:1/4", "not a number"),
         ("grid:1/8@often", "no option 'often'"),
         ("bs:1/8@step", "no option 'step'"),
         ("grid:1/8@minimum=0", "minimum must be"),

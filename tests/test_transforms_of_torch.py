@@ -93,3 +93,12 @@ def test_onnx_export_of_an_unfolded_model(tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(y), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("source", ["grid:1/4", "fs:1/4@step", "bs:1/4"])
+def test_compiled_layers_take_other_shapes(source):
+    torch._dynamo.reset()
+    layer = leannorm.BatchNorm2d(3, statistics=parse_statistics(source))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for shape in ((8, 3, 16, 16), (8, 3, 12, 12), (5, 3, 12, 14)):
+        assert compiled(torch.randn(shape)).shape == shape

@@ -116,6 +116,7 @@ def deploy(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders that `leannorm deploy` wrote.")],
     out: Annotated[Path, typer.Option(help="The HTML page to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if it is there.")] = False,
 ) -> None:
     """Compare deployed RUNS on one page."""
     with _clean_errors():
@@ -124,6 +125,8 @@ def report(
         from leannorm import records
         from leannorm.report import html, text
 
+        if out.exists() and not overwrite:
+            raise FileExistsError(f"{out} exists: --overwrite replaces it")
         deployments = [records.read(records.Deployment, run / "report.json") for run in runs]
         out.parent.mkdir(parents=True, exist_ok=True)
         records.write_text(out, html.page(deployments))
@@ -258,7 +261,7 @@ def _clean_errors(interrupted: str = "interrupted: nothing was changed") -> Iter
     """Show what the user can mend as one message, and an interruption as what it means."""
     try:
         yield
-    except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:

@@ -102,8 +102,8 @@ def _parse_term(term: str, text: str) -> tuple[float | None, Statistics]:
             raise _error(text, f"{name} has no option {option!r}")
     if cls is VirtualDataset and not amount.isdecimal():
         raise _error(text, f"vdn takes a whole number of samples, got {amount!r}")
+    size: Any = int(amount) if cls is VirtualDataset else _number(amount, text)
     try:
-        size: Any = int(amount) if cls is VirtualDataset else _number(amount, text)
         return share, cls(size, **fields)
     except ValueError as error:
         raise _error(text, str(error)) from None
@@ -112,7 +112,7 @@ def _parse_term(term: str, text: str) -> tuple[float | None, Statistics]:
 def _number(text: str, whole: str) -> float:
     try:
         return float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise _error(whole, f"{text!r} is not a number such as 1/32 or 0.1") from None
 
 

@@ -207,12 +207,13 @@ class _SpatialSampling(_Sampling):
     def boxes(self, shape, place):
         """Give one region: a patch or a grid; along the samples where there is no spatial dimension."""
         sizes = _sampled_dimensions(shape)
-        sampled = sizes[1:] or sizes  # an (N, C) tensor has nothing but samples
-        repeats = 1 if sampled is sizes else sizes[0]
+        samples_alone = len(sizes) == 1  # of an (N, C) tensor
+        sampled = sizes if samples_alone else sizes[1:]
+        repeats = 1 if samples_alone else sizes[0]
         target = self.fraction * math.prod(sampled)
         if target * repeats < self.minimum:
             target = min(self.minimum / repeats, math.prod(sampled))
-        box: tuple[int, ...] = () if sampled is sizes else (0, 1, repeats, 1)
+        box: tuple[int, ...] = () if samples_alone else (0, 1, repeats, 1)
         for d, (size, count) in enumerate(zip(sampled, _counts(sampled, target), strict=True)):
             step = self._step(size, count)
             count = min(count, (size - 1) // step + 1)

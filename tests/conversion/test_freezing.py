@@ -57,3 +57,11 @@ def test_a_converted_layer_keeps_its_source():
     _, report = leannorm.revert(model)
     assert report.changes[0].action == "BatchNorm2d (no longer frozen)"
     assert type(model[1]) is nn.BatchNorm2d
+
+
+def test_a_layer_converted_while_frozen_keeps_its_source():
+    model, _ = model_and_input()
+    leannorm.freeze(model)
+    leannorm.convert(model, leannorm.GridSampling(1 / 4))
+    leannorm.unfreeze(model)
+    assert model[1].statistics == leannorm.GridSampling(1 / 4)

@@ -102,3 +102,29 @@ def test_refusals_and_errors():
         leannorm.recalibrate(network(), [])
     with pytest.raises(ValueError, match="no BN layer"):
         leannorm.recalibrate(nn.Linear(2, 2), batches())
+
+
+@pytest.mark.parametrize("guard", [True, False])
+def test_nonfinite_statistics_are_an_error_and_change_nothing(guard):
+    model, _ = leannorm.convert(network(), leannorm.FullBatch(), guard_nonfinite=guard)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="NaN or infinity in the statistics of layer '1'"):
+        leannorm.recalibrate(model, [*batches(), torch.full((2, 3, 8, 8), torch.nan)])
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert model[1].guard_nonfinite is guard
+
+
+def test_empty_batches_and_keyword_calls():
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return self.bn(input=x)
+
+    model, plain = ByKeyword(), nn.Sequential(nn.BatchNorm2d(3))
+    data = batches()
+    leannorm.recalibrate(model, [data[0], data[0][:0], *data[1:]])
+    leannorm.recalibrate(plain, data)
+    assert torch.equal(model.bn.running_var, plain[0].running_var)

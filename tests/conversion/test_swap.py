@@ -165,3 +165,26 @@ def test_timms_layer_keeps_its_activation_and_comes_back():
     dropping = norm_act.BatchNormAct2d(3, drop_layer=nn.Dropout)
     _, report = leannorm.convert(nn.Sequential(dropping), leannorm.FullBatch())
     assert "Dropout between" in report.refusals[0].reason
+
+
+@pytest.mark.parametrize(("first", "second"), [("grid:1/8", "vdn:2"), ("vdn:2", "grid:1/8")])
+def test_no_layer_takes_virtual_samples_for_real_ones(first, second):
+    model, _ = leannorm.convert(small_model(), parse_statistics(first))
+    with pytest.raises(ValueError, match=r"would leave '1' .* them"):
+        leannorm.convert(model, parse_statistics(second), filter_fn=lambda module, name: name != "1")
+    assert all(str(model[i].statistics) == first for i in (1, 4, 8))
+
+
+def test_virtual_samples_and_a_refused_layer_exclude_each_other():
+    model = nn.Sequential(nn.BatchNorm2d(3), Special(3))
+    with pytest.raises(ValueError, match=r"would leave '1' .Special. without"):
+        leannorm.convert(model, leannorm.VirtualDataset(1))
+    assert type(model[0]) is nn.BatchNorm2d
+
+
+def test_reverting_around_a_refused_layer_leaves_no_virtual_samples():
+    model = nn.Sequential(nn.BatchNorm2d(3), leannorm.BatchNorm2d(3, activation="relu"))
+    leannorm.convert(model, leannorm.VirtualDataset(1))
+    _, report = leannorm.revert(model)
+    assert Change("1", "statistics vdn:1 -> full") in report.changes
+    assert model(torch.randn(4, 3, 5, 5)).shape[0] == 4

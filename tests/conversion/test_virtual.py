@@ -164,3 +164,11 @@ def test_a_converted_part_in_a_converted_whole_has_one_entry():
     leannorm.convert(model, VirtualDataset(2))
     assert model(torch.randn(4, 3, 8, 8)).shape[0] == 4
     assert model.seen == [6]
+
+
+@pytest.mark.parametrize("spelling", ["vdn:2@matched", "fs:1/4+vdn:1", "vdn:1"])
+def test_an_empty_batch_passes_without_virtual_samples(spelling):
+    model, _ = leannorm.convert(Net(), parse_statistics(spelling))
+    assert model(torch.empty(0, 3, 8, 8)).shape[0] == 0
+    assert model.seen == [0]
+    assert not model.features[1].running_mean.any()

@@ -143,3 +143,11 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
     with pytest.raises((pickle.PicklingError, AttributeError)):
         checkpoint.AtomicCheckpointIO().save_checkpoint({"step": 2, "bad": lambda: None}, path)
     assert torch.load(path, weights_only=True) == {"step": 1}
+
+
+def test_a_damaged_file_of_the_right_length(trained, tmp_path):
+    content = bytearray((trained / "last.ckpt").read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 2000] = bytes(2000)
+    (tmp_path / "damaged.ckpt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"damaged\.ckpt is damaged"):
+        checkpoint.load(tmp_path / "damaged.ckpt")

@@ -324,3 +324,17 @@ def test_a_run_that_fails_keeps_its_state_and_raises(tmp_path, monkeypatch):
         train(f"{tmp_path}/fails.py:Doomed", "digits", out=tmp_path / "out", **ARGUMENTS)
     assert checkpoint.read(tmp_path / "out" / "interrupted.ckpt")["global_step"] == STEPS + 1
     assert checkpoint.read(tmp_path / "out" / "last.ckpt")["global_step"] == STEPS
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the accelerator that is to be missing is here")
+def test_overwrite_keeps_the_old_run_where_the_new_one_cannot_start(tmp_path):
+    train("resnet8", "digits", statistics="full", epochs=1, seed=0, out=tmp_path, accelerator="cpu")
+    before = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="(?i)gpu|cuda"):
+        train("resnet8", "digits", statistics="full", epochs=1, seed=1, out=tmp_path, overwrite=True, accelerator="gpu")
+    assert {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == before
+
+
+def test_a_training_that_diverges_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="training diverged: the loss of epoch 0 is"):
+        train("resnet8", "digits", statistics="full", epochs=2, seed=0, out=tmp_path, learning_rate=1e30)

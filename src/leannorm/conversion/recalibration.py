@@ -30,18 +30,27 @@ class _Pool:
         self.running = running_mean, running_var
         self.before = running_mean.clone(), running_var.clone()
         self.momentum = layer.momentum
+        self.guard = isinstance(layer, SampledBatchNorm) and layer.guard_nonfinite
         self.tracked = None if layer.num_batches_tracked is None else layer.num_batches_tracked.clone()
         self.count = 0
         self.mean = torch.zeros_like(running_mean, dtype=torch.float64)
         self.squares = torch.zeros_like(self.mean)
 
-    def add(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def add(self, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
         """Merge what the forward that has just ended saw: a forward hook."""
+        x = args[0] if args else kwargs["input"]
+        if x.numel() == 0:
+            return
         sampled = isinstance(layer, SampledBatchNorm)
         source, place = (layer.statistics, layer.place) if sampled else (FullBatch(), 0)
-        regions = source.regions(inputs[0].shape, place)
+        regions = source.regions(x.shape, place)
         count = round(1 / regions.inverse_count)
         mean, var = self.running[0].double(), self.running[1].double() / regions.unbiased
+        if not (mean.isfinite().all() and var.isfinite().all()):
+            raise ValueError(
+                f"recalibrate met NaN or infinity in the statistics of layer {self.name!r} ({self.running[1].dtype}); "
+                "leave out the batches that cause it, or recalibrate in float32. The old statistics are kept"
+            )
         total = self.count + count
         delta = mean - self.mean
         self.mean += delta * (count / total)
@@ -58,9 +67,17 @@ class _Pool:
         for running, before in zip(self.running, self.before, strict=True):
             running.copy_(before)
 
+    def track_last_batch(self) -> None:
+        """Let the running statistics be those of the last batch, whatever they are."""
+        self.layer.momentum = 1.0
+        if isinstance(self.layer, SampledBatchNorm):
+            self.layer.guard_nonfinite = False
+
     def restore_tracking(self) -> None:
-        """Give the layer the momentum and the number of batches that it had."""
+        """Give the layer the momentum, the guard and the number of batches that it had."""
         self.layer.momentum = self.momentum
+        if isinstance(self.layer, SampledBatchNorm):
+            self.layer.guard_nonfinite = self.guard
         if self.layer.num_batches_tracked is not None and self.tracked is not None:
             self.layer.num_batches_tracked.copy_(self.tracked)
 
@@ -84,7 +101,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, limit: int = 200) -
         A report of every BN layer.
 
     Raises:
-        ValueError: if there are no batches, or no BN layer to recalibrate.
+        ValueError: if there are no batches, no BN layer to recalibrate, or NaN or infinity among the statistics.
 
     Source: Wu and Johnson, Rethinking "Batch" in BatchNorm, arXiv 2105.07576.
 
@@ -141,12 +158,12 @@ def _batch_statistics(model: nn.Module, pools: list[_Pool]) -> Iterator[None]:
     """Let the pools' layers, and a virtual entry that feeds them, be in training mode, and all else in eval mode."""
     modes = {module: module.training for module in model.modules()}
     layers = {pool.layer for pool in pools}
-    handles = [pool.layer.register_forward_hook(pool.add) for pool in pools]
+    handles = [pool.layer.register_forward_hook(pool.add, with_kwargs=True) for pool in pools]
     try:
         for module in modes:
             module.training = module in layers or is_entry(module)
-        for layer in layers:
-            layer.momentum = 1.0
+        for pool in pools:
+            pool.track_last_batch()
         yield
     finally:
         for handle in handles:

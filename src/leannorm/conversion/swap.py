@@ -18,7 +18,7 @@ from leannorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, fused
 from leannorm.nn.batchnorm import SampledBatchNorm
 from leannorm.nn.virtual import VirtualEntry, VirtualMark, detach_entries
 from leannorm.records import Change, Refusal, TransformReport
-from leannorm.statistics import Statistics, VirtualDataset, WeightedSum
+from leannorm.statistics import FullBatch, Statistics, VirtualDataset, WeightedSum
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -59,6 +59,7 @@ def convert(
 
     Raises:
         TypeError: if ``statistics`` is not a source.
+        ValueError: if some layers would take virtual samples for real ones, since others have them; nothing is changed.
 
     >>> model, report = convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), parse_statistics("grid:1/8"))
     >>> report.changes
@@ -69,19 +70,26 @@ def convert(
             f"statistics must be a leannorm source such as GridSampling(1/8), got {statistics!r}; "
             "leannorm.parse_statistics reads spellings such as 'grid:1/8'"
         )
-    changes, refusals = [], []
-    mark = VirtualMark() if statistics.virtual else None
+    changes, refusals, chosen, left = [], [], [], []
     for name, module in model.named_modules():
         if not isinstance(module, _BatchNorm):
             continue
+        reason = refusal(module)
         if filter_fn is not None and not filter_fn(module, name):
-            refusals.append(Refusal(name, "filter_fn left it out"))
-            continue
+            reason = "filter_fn left it out"
+        if reason is None:
+            chosen.append((name, module))
+        else:
+            left.append((name, module))
+            refusals.append(Refusal(name, reason))
+    if chosen:
+        _check_virtual(statistics, left)
+    mark = VirtualMark() if statistics.virtual else None
+    for name, module in chosen:
         before = "full" if not isinstance(module, SampledBatchNorm) else str(module.statistics)
         layer = adopt(module)
-        if isinstance(layer, str):
-            refusals.append(Refusal(name, layer))
-            continue
+        assert isinstance(layer, SampledBatchNorm)
+        layer.__dict__.pop("plain_before_freeze", None)
         layer.statistics = statistics
         layer.place = zlib.crc32(name.encode())
         layer.virtual_mark = mark
@@ -109,12 +117,14 @@ def revert(model: M) -> tuple[M, TransformReport]:
             continue
         if module.activation is not None and "original_class" not in module.__dict__:
             refusals.append(Refusal(name, f"it applies {module.activation}, which no plain torch BN layer does"))
+            if module.statistics.virtual:  # the model's call appends none any more
+                changes.append(Change(name, f"statistics {module.statistics} -> full"))
+                module.statistics, module.virtual_mark = FullBatch(), None
             continue
         note = " (no longer frozen)" if module.frozen else ""
         abandon(module)
         changes.append(Change(name, f"{type(module).__name__}{note}"))
-    if not refusals:
-        detach_entries(model)
+    detach_entries(model)
     return model, TransformReport(tuple(changes), tuple(refusals))
 
 
@@ -128,20 +138,41 @@ def unfuse(model: nn.Module) -> list[Change]:
     return changes
 
 
+def _check_virtual(statistics: Statistics, left: list[tuple[str, _BatchNorm]]) -> None:
+    for name, module in left:
+        has_virtual = isinstance(module, SampledBatchNorm) and module.statistics.virtual > 0
+        if has_virtual != (statistics.virtual > 0):
+            raise ValueError(
+                f"virtual samples pass through all layers of a call, so that all must know of them: converting to "
+                f"{statistics} would leave {name!r} ({type(module).__name__}) "
+                f"{'with' if has_virtual else 'without'} them; convert the whole model, or another part of it"
+            )
+
+
 def adopt(module: _BatchNorm) -> SampledBatchNorm | str:
     """Make a BN layer leannorm's own, in place; or give the reason why not."""
+    reason = refusal(module)
+    if reason is not None:
+        return reason
     if isinstance(module, SampledBatchNorm):
         return module
-    if type(module) in OURS:
-        module.__class__ = OURS[type(module)]
-        assert isinstance(module, SampledBatchNorm)
-        return module
+    if type(module) not in OURS:
+        return _adopt_timm(module)
+    module.__class__ = OURS[type(module)]
+    assert isinstance(module, SampledBatchNorm)
+    return module
+
+
+def refusal(module: _BatchNorm) -> str | None:
+    """Give the reason why a BN layer cannot become leannorm's, or None."""
+    if isinstance(module, SampledBatchNorm) or type(module) in OURS:
+        return None
     if isinstance(module, nn.SyncBatchNorm):
         return "SyncBatchNorm shares statistics among processes, which sampled layers do not do yet"
     if isinstance(module, _LazyNormBase):
         return "a lazy layer has no channels yet; run one batch through the model first"
     if type(module).__name__ == "BatchNormAct2d" and type(module).__module__.startswith("timm."):
-        return _adopt_timm(module)
+        return _refusal_of_timm(module)
     return f"{type(module).__name__} is a subclass whose forward may do more than batch normalization"
 
 
@@ -153,19 +184,20 @@ def abandon(layer: SampledBatchNorm) -> None:
     layer.__class__ = original
 
 
-def _adopt_timm(module: _BatchNorm) -> SampledBatchNorm | str:
+def _refusal_of_timm(module: _BatchNorm) -> str | None:
     drop, act = module.get_submodule("drop"), module.get_submodule("act")
     if not isinstance(drop, nn.Identity):
         return f"BatchNormAct2d with {type(drop).__name__} between normalization and activation"
-    activation = None
-    if not isinstance(act, nn.Identity):
-        activation = activation_of(act)
-        if activation is None:
-            return f"BatchNormAct2d with {type(act).__name__}, which leannorm's layers do not apply"
+    if not isinstance(act, nn.Identity) and activation_of(act) is None:
+        return f"BatchNormAct2d with {type(act).__name__}, which leannorm's layers do not apply"
+    return None
+
+
+def _adopt_timm(module: _BatchNorm) -> SampledBatchNorm:
     original = type(module)
     module.__class__ = BatchNorm2d
     assert isinstance(module, SampledBatchNorm)
-    module.activation = activation
+    module.activation = activation_of(module.get_submodule("act"))
     module.__dict__["original_class"] = original
     return module
 

@@ -146,6 +146,9 @@ def _recalibrated(trained: nn.Module, images: ImageData) -> tuple[nn.Module, Rec
 
 
 def _fold(model: nn.Module, example: Tensor) -> tuple[ExportedProgram, TransformReport]:
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"the checkpoint holds NaN or infinity in {name}: ship one from before training diverged")
     program, fixed = export(model, (example,))
     if fixed:
         raise ValueError(f"the model cannot be shipped for any batch: {fixed[0].reason}")

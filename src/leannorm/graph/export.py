@@ -12,7 +12,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from leannorm.graph.capture import value_of
+from leannorm.graph.capture import Capture, value_of
 from leannorm.records import Refusal
 
 if TYPE_CHECKING:
@@ -39,13 +39,24 @@ def export(
             program = torch.export.export(model, pytree.tree_map(_double, inputs), dynamic_shapes=shapes)
             fixed = [name for name, size in _batch_sizes(program).items() if isinstance(size, int)]
             if not fixed:
+                if not any(module.training for module in model.modules()):  # such layers are refused anyway
+                    _require_any_batch(program, inputs)
                 return program, ()
             reason = f"its code fixes the size of {', '.join(fixed)}"
         except Exception as error:  # torch.export raises whatever the model or its own tracing raises
             reason = str(error).strip().partition("\n")[0]
         program = torch.export.export(model, inputs)
-    refusal = Refusal("", f"the batch stays {sorted(set(_batch_sizes(program).values()))}, as in the example: {reason}")
+    sizes = ", ".join(sorted({str(size) for size in _batch_sizes(program).values() if isinstance(size, int)}))
+    refusal = Refusal("", f"the batch stays {sizes}, as in the example: {reason}")
     return program, (refusal,)
+
+
+def _require_any_batch(program: ExportedProgram, inputs: tuple[Any, ...]) -> None:
+    """Raise what the program raises for the example or for three times its batch: guards do not show in sizes."""
+    module = as_module(Capture(program).program())  # a copy: running may write to buffers
+    with torch.random.fork_rng():
+        module(*inputs)
+        module(*pytree.tree_map(lambda leaf: torch.cat([leaf] * 3) if _has_batch(leaf) else leaf, inputs))
 
 
 def as_module(program: ExportedProgram) -> GraphModule:

@@ -47,6 +47,9 @@ class VirtualEntry:
                 "virtual samples need a floating (N, C, ...) tensor among the model's arguments, "
                 f"got {[tuple(t.shape) for t in tensors]}"
             )
+        if batch == 0:  # there is nothing to normalize
+            self.mark.rows = 0
+            return None
         for t in tensors:
             if t.shape[0] == batch and not (t.is_floating_point() and t.ndim > 1):
                 raise ValueError(
@@ -66,7 +69,7 @@ class VirtualEntry:
     def strip(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """Take the virtual samples out of the output; also called, without one, after an exception."""
         rows, self.mark.rows = self.mark.rows, None
-        if rows is None or output is None:
+        if not rows or output is None:
             return None
 
         def strip_leaf(leaf: Any) -> Any:

@@ -131,6 +131,10 @@ def read(path: str | Path) -> dict[str, Any]:
         with path.open("rb") as stream:
             zipped = stream.read(4) == b"PK\x03\x04"
         raise ValueError(f"{path} is truncated: take another" if zipped else f"{path} is not a checkpoint")
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()  # torch.load checks no sums
+    if damaged is not None:
+        raise ValueError(f"{path} is damaged at {damaged}: take another")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

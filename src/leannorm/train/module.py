@@ -49,6 +49,19 @@ class ImageClassifier(L.LightningModule):
         self.log("learning_rate", learning_rate, on_step=True, batch_size=len(labels))
         return loss
 
+    def on_train_epoch_end(self) -> None:
+        """Stop a training that has diverged.
+
+        Raises:
+            ValueError: if the epoch's loss is not finite.
+        """
+        loss = self.trainer.callback_metrics["training_loss_epoch"]
+        if not loss.isfinite():
+            raise ValueError(
+                f"training diverged: the loss of epoch {self.current_epoch} is {loss.item()}; lower the learning rate "
+                f"({self.configuration.learning_rate:g})"
+            )
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log loss and accuracy of a batch."""
         images, labels = batch

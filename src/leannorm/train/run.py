@@ -7,9 +7,11 @@ import shutil
 import signal
 import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
@@ -71,7 +73,8 @@ def train(
         The record of the whole run.
 
     Raises:
-        ValueError: if an argument is not what it should be, or a run is resumed with other arguments.
+        ValueError: if an argument is not what it should be, a run is resumed with other arguments, or training
+            diverged to a loss that is not finite.
         FileExistsError: if ``out`` holds a run and neither ``resume`` nor ``overwrite`` is given.
         FileNotFoundError: if there is no run to resume.
         KeyboardInterrupt: on SIGINT, after `interrupted.ckpt` is written.
@@ -98,9 +101,6 @@ def train(
     network = checkpoint.build(configuration)
     _check_logits(network, configuration)
     step = _check_same_run(out / LAST, configuration) if resume else None
-    if overwrite:
-        _remove_run(out)
-    out.mkdir(parents=True, exist_ok=True)
     run = TrainingRun(
         model=model,
         data=data,
@@ -118,7 +118,7 @@ def train(
     callbacks: list[Callback] = [recorder]
     if progress:
         callbacks.append(RichProgressBar())
-    trainer = L.Trainer(
+    trainer = _trainer(
         accelerator=accelerator,
         devices=1,
         max_epochs=epochs,
@@ -132,6 +132,9 @@ def train(
         enable_model_summary=False,
         enable_progress_bar=progress,
     )
+    if overwrite:
+        _remove_run(out)
+    out.mkdir(parents=True, exist_ok=True)
     _fit(trainer, ImageClassifier(network, configuration), images, out / LAST if resume else None)
     return recorder.run
 
@@ -140,6 +143,13 @@ def default_folder(model: str, data: str, statistics: str) -> Path:
     """Name the folder of a run that was given none, `runs/MODEL-DATA-STATISTICS`, whatever its spellings hold."""
     spellings = (model, Path(data).name, statistics)
     return Path("runs") / "-".join(re.sub(r"[^\w.@+]+", "_", spelling) for spelling in spellings)
+
+
+def _trainer(**options: Any) -> L.Trainer:
+    try:
+        return L.Trainer(**options)
+    except MisconfigurationException as error:  # an accelerator that is not there
+        raise ValueError(str(error)) from error
 
 
 def _fit(trainer: L.Trainer, module: ImageClassifier, images: ImageData, ckpt_path: Path | None) -> None:
