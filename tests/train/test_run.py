@@ -330,7 +330,7 @@ def test_a_run_that_fails_keeps_its_state_and_raises(tmp_path, monkeypatch):
 def test_overwrite_keeps_the_old_run_where_the_new_one_cannot_start(tmp_path):
     train("resnet8", "digits", statistics="full", epochs=1, seed=0, out=tmp_path, accelerator="cpu")
     before = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match="(?i)gpu|cuda"):
+    with pytest.raises(ValueError, match=r"(?i)gpu|cuda"):
         train("resnet8", "digits", statistics="full", epochs=1, seed=1, out=tmp_path, overwrite=True, accelerator="gpu")
     assert {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == before
 
