@@ -1,5 +1,7 @@
 """The operators against float64, against torch, and against the dispatcher's own checks."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -160,10 +162,22 @@ def test_gradcheck(case, source, activation, residual):
     assert gradgradcheck(function, inputs, fast_mode=True)
 
 
+FAST_CHECKS = {
+    (case, source, activation)
+    for case in (CASES[0], CASES[3], CASES[4])
+    for source in ("full", "grid:1/8@step", "fs:1/8@step+vdn:1")
+    for activation in (None, ACTIVATIONS[1], ACTIVATIONS[4])
+}
+
+
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
-@pytest.mark.parametrize("activation", [None, ACTIVATIONS[1], ACTIVATIONS[4]], ids=str)
-@pytest.mark.parametrize("source", ["full", "grid:1/8@step", "fs:1/8@step+vdn:1"])
-@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[4]], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("case", "source", "activation"),
+    [
+        pytest.param(*check, marks=() if check in FAST_CHECKS else pytest.mark.slow, id="-".join(map(str, check)))
+        for check in itertools.product((*GRADIENT_CASES, CASES[2]), SOURCES, ACTIVATIONS)
+    ],
+)
 def test_opcheck_of_the_fused_operators(case, source, activation, residual):
     x, weight, bias, extra, regions, draw = setup(case, source, torch.float32, residual=residual)
     kind, parameters = (activation.kind, list(activation.parameters)) if activation else ("", [])
