@@ -6,13 +6,12 @@ Measured on 2 cores of an AMD EPYC with torch 2.13 (`benchmarks/results/digits-s
 epochs' validation accuracy, over n = 3 seeds. With 360 validation images one image is 0.28 points.
 """
 
-import json
 import statistics
 from pathlib import Path
 
-from leannorm import records
+from runs import trained, write_raw
+
 from leannorm.records import TrainingRun
-from leannorm.train.run import train
 
 SOURCES = ("full", "grid:1/2", "grid:1/4", "grid:1/8", "fs:1/4", "fs:1/8", "grid:1/4@step", "bs:1/8", "vdn:4")
 SOURCES += ("grid:1/4+vdn:1",)
@@ -23,14 +22,8 @@ RESULT = Path("benchmarks/results/digits-sources.json")
 
 
 def run(source: str, seed: int) -> TrainingRun:
-    """Train, or read what an earlier call trained."""
-    out = RUNS / str(seed) / source
-    if (out / "run.json").exists():
-        finished = records.read(TrainingRun, out / "run.json")
-        if len(finished.history) == EPOCHS:
-            return finished
-    resume = (out / "last.ckpt").exists()
-    return train("resnet8", "digits", statistics=source, epochs=EPOCHS, seed=seed, out=out, resume=resume)
+    """Train with a source and a seed."""
+    return trained("resnet8", "digits", statistics=source, seed=seed, epochs=EPOCHS, out=RUNS / str(seed) / source)
 
 
 def late_accuracy(finished: TrainingRun) -> float:
@@ -41,8 +34,7 @@ def late_accuracy(finished: TrainingRun) -> float:
 def main() -> None:
     """Run everything, write the raw results, print the table."""
     runs = {source: [run(source, seed) for seed in SEEDS] for source in SOURCES}
-    raw = [json.loads(records.to_json(finished)) for group in runs.values() for finished in group]
-    records.write_text(RESULT, json.dumps(raw, indent=1) + "\n")
+    write_raw(RESULT, runs.values())
     exact = [late_accuracy(finished) for finished in runs["full"]]
     print("| statistics | accuracy | difference to exact BN, by seed |\n|---|---|---|")
     for source, group in runs.items():

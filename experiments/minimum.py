@@ -6,13 +6,12 @@ At batch 16 the digits' maps hold 1024, 256 and 64 elements a channel, so that t
 results: `benchmarks/results/digits-minimum.json`, n = 2 seeds, mean of the last three epochs' validation accuracy.
 """
 
-import json
 import statistics
 from pathlib import Path
 
-from leannorm import records
+from runs import trained, write_raw
+
 from leannorm.records import TrainingRun
-from leannorm.train.run import train
 
 MINIMA = (4, 8, 16, 32, 64, 128)
 SEEDS = (0, 1)
@@ -22,23 +21,16 @@ RESULT = Path("benchmarks/results/digits-minimum.json")
 
 
 def run(spelling: str, seed: int) -> TrainingRun:
-    """Train, or read what an earlier call trained."""
-    out = RUNS / str(seed) / spelling
-    if (out / "run.json").exists():
-        finished = records.read(TrainingRun, out / "run.json")
-        if len(finished.history) == EPOCHS:
-            return finished
-    resume = (out / "last.ckpt").exists()
-    options = {"batch_size": 16, "learning_rate": 0.03, "seed": seed, "epochs": EPOCHS, "out": out, "resume": resume}
-    return train("resnet8", "digits", statistics=spelling, **options)
+    """Train with a source and a seed."""
+    options = {"statistics": spelling, "seed": seed, "epochs": EPOCHS, "out": RUNS / str(seed) / spelling}
+    return trained("resnet8", "digits", batch_size=16, learning_rate=0.03, **options)
 
 
 def main() -> None:
     """Run everything, write the raw results, print the table."""
     spellings = ("full", *(f"grid:1/64@minimum={minimum}" for minimum in MINIMA))
     runs = {spelling: [run(spelling, seed) for seed in SEEDS] for spelling in spellings}
-    raw = [json.loads(records.to_json(finished)) for group in runs.values() for finished in group]
-    records.write_text(RESULT, json.dumps(raw, indent=1) + "\n")
+    write_raw(RESULT, runs.values())
     print("| statistics | accuracy, by seed |\n|---|---|")
     for spelling, group in runs.items():
         found = [statistics.fmean(epoch.validation_accuracy for epoch in one.history[-3:]) for one in group]

@@ -1,0 +1,24 @@
+"""What the experiments share: runs that are not trained twice, and their raw records in one file."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from leannorm import records
+from leannorm.records import TrainingRun
+from leannorm.train.run import train
+
+
+def trained(model: str, data: str, *, out: Path, epochs: int, **options) -> TrainingRun:
+    """Train, go on with a run that was stopped, or read one that is finished."""
+    if (out / "run.json").exists():
+        finished = records.read(TrainingRun, out / "run.json")
+        if len(finished.history) == epochs:
+            return finished
+    return train(model, data, out=out, epochs=epochs, resume=(out / "last.ckpt").exists(), **options)
+
+
+def write_raw(path: Path, groups: Iterable[Iterable[TrainingRun]]) -> None:
+    """Write the records of all runs as one JSON list."""
+    raw = [json.loads(records.to_json(run)) for group in groups for run in group]
+    records.write_text(path, json.dumps(raw, indent=1) + "\n")
