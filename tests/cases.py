@@ -66,10 +66,10 @@ CASES = (
 )
 
 
-def regions_of(spelling: str, shape: tuple[int, ...]):
+def regions_of(spelling: str, shape: tuple[int, ...], by_rows: bool = False):
     """Give the regions of a small minimum, so that small cases are sampled too."""
     text = "+".join(
         term if "vdn" in term or term == "full" else term + (",minimum=4" if "@" in term else "@minimum=4")
         for term in spelling.split("+")
     )
-    return parse_statistics(text).regions(shape, place=7)
+    return parse_statistics(text).regions(shape, place=7, by_rows=by_rows)

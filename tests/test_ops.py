@@ -69,7 +69,7 @@ def setup(case: Case, source: str, dtype: torch.dtype, *, residual: bool):
     weight = torch.randn(channels, generator=generator, dtype=torch.float64).to(dtype)
     bias = torch.randn(channels, generator=generator, dtype=torch.float64).to(dtype)
     extra = case.tensor(torch.float64, 2).sub(case.offset).to(dtype) if residual else None
-    regions = regions_of(source, tuple(x.shape))
+    regions = regions_of(source, tuple(x.shape), x.is_contiguous())
     draw = torch.randint(0, 2**62, (regions.draws,), generator=generator) if regions.draws else None
     return x, weight, bias, extra, regions, draw
 

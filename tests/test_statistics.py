@@ -2,6 +2,7 @@ import math
 
 import hypothesis.strategies as st
 import pytest
+import torch
 from hypothesis import given
 
 import leannorm
@@ -35,9 +36,9 @@ def boxes_of(regions: Regions, dimensions: int) -> list[list[tuple[int, int, int
     return [fours[i : i + dimensions] for i in range(0, len(fours), dimensions)]
 
 
-@given(sources, shapes, st.integers(0, 2**32 - 1))
-def test_every_place_lies_inside_the_tensor(source: Statistics, shape, place):
-    regions = source.regions(shape, place)
+@given(sources, shapes, st.integers(0, 2**32 - 1), st.booleans())
+def test_every_place_lies_inside_the_tensor(source: Statistics, shape, place, by_rows):
+    regions = source.regions(shape, place, by_rows)
     sizes = (shape[0], *shape[2:])
     for box in boxes_of(regions, len(sizes)):
         for (start, span, count, step), size in zip(box, sizes, strict=True):
@@ -49,9 +50,9 @@ def test_every_place_lies_inside_the_tensor(source: Statistics, shape, place):
     assert not regions.weights or math.isclose(sum(regions.weights), 1)
 
 
-@given(sampled, shapes)
-def test_the_minimum_is_kept_wherever_the_tensor_has_that_many(source, shape):
-    regions = source.regions(shape)
+@given(sampled, shapes, st.booleans())
+def test_the_minimum_is_kept_wherever_the_tensor_has_that_many(source, shape, by_rows):
+    regions = source.regions(shape, by_rows=by_rows)
     elements = math.prod((shape[0], *shape[2:]))
     taken = round(1 / regions.inverse_count)
     # counts a dimension are whole numbers, so the target is met up to their rounding
@@ -59,10 +60,12 @@ def test_the_minimum_is_kept_wherever_the_tensor_has_that_many(source, shape):
     assert taken <= elements
 
 
-@given(st.sampled_from(["fs", "grid"]), st.integers(20, 60), st.sampled_from([1 / 4, 1 / 8, 1 / 16, 1 / 32]))
-def test_a_large_map_gives_about_the_fraction(name, size, fraction):
+@given(
+    st.sampled_from(["fs", "grid"]), st.integers(20, 60), st.sampled_from([1 / 4, 1 / 8, 1 / 16, 1 / 32]), st.booleans()
+)
+def test_a_large_map_gives_about_the_fraction(name, size, fraction, by_rows):
     source = parse_statistics(f"{name}:{fraction}")
-    (box,) = boxes_of(source.regions((8, 3, size, size)), 3)
+    (box,) = boxes_of(source.regions((8, 3, size, size), by_rows=by_rows), 3)
     share = box[1][2] * box[2][2] / size**2
     assert 0.6 * fraction <= share <= 1.5 * fraction
 
@@ -72,6 +75,15 @@ def test_a_grid_spreads_over_the_map_and_a_patch_is_square():
     (patch,) = boxes_of(leannorm.FeatureSampling(1 / 32).regions((8, 3, 56, 56)), 3)
     assert [dimension[2:] for dimension in grid[1:]] == [(10, 6), (10, 6)]
     assert [dimension[2:] for dimension in patch[1:]] == [(10, 1), (10, 1)]
+
+
+def test_a_grid_on_contiguous_memory_takes_whole_rows_where_there_are_two():
+    x = torch.empty(8, 3, 56, 56)
+    for fraction, rows in ((1 / 8, [(7, 8), (56, 1)]), (1 / 56, [(7, 8), (8, 7)])):
+        (grid,) = boxes_of(leannorm.GridSampling(fraction).regions_of(x), 3)
+        assert [dimension[2:] for dimension in grid[1:]] == rows
+    channels_last = x.contiguous(memory_format=torch.channels_last)
+    assert leannorm.GridSampling(1 / 8).regions_of(channels_last) == leannorm.GridSampling(1 / 8).regions(x.shape)
 
 
 def test_samples_are_the_only_dimension_of_a_matrix():

@@ -11,27 +11,20 @@ if TYPE_CHECKING:
     from leannorm.deploy.verify import verify
     from leannorm.graph import fold
     from leannorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+    from leannorm.sampling import BatchSampling, FeatureSampling, GridSampling, NaiveSampling
     from leannorm.spelling import parse_statistics
-    from leannorm.statistics import (
-        BatchSampling,
-        FeatureSampling,
-        FullBatch,
-        GridSampling,
-        NaiveSampling,
-        VirtualDataset,
-        WeightedSum,
-    )
+    from leannorm.statistics import FullBatch, VirtualDataset, WeightedSum
 
 _HOMES = {
     "Activation": "leannorm.activation",
     "BatchNorm1d": "leannorm.nn",
     "BatchNorm2d": "leannorm.nn",
     "BatchNorm3d": "leannorm.nn",
-    "BatchSampling": "leannorm.statistics",
-    "FeatureSampling": "leannorm.statistics",
+    "BatchSampling": "leannorm.sampling",
+    "FeatureSampling": "leannorm.sampling",
     "FullBatch": "leannorm.statistics",
-    "GridSampling": "leannorm.statistics",
-    "NaiveSampling": "leannorm.statistics",
+    "GridSampling": "leannorm.sampling",
+    "NaiveSampling": "leannorm.sampling",
     "VirtualDataset": "leannorm.statistics",
     "WeightedSum": "leannorm.statistics",
     "convert": "leannorm.conversion",

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import leannorm.backends  # noqa: F401 - registers the kernels of torch.ops.leannorm
 from leannorm.activation import Activation, as_activation
+from leannorm.ops import autograd
 from leannorm.ops.definition import activate
 from leannorm.statistics import FullBatch, Regions, Statistics
 
@@ -59,7 +60,7 @@ def batch_norm(
     _check(input, weight, bias, residual)
     if not eps > 0:
         raise ValueError(f"batch_norm eps must be positive, got {eps}")
-    regions = statistics.regions(input.shape) if isinstance(statistics, Statistics) else statistics
+    regions = statistics.regions_of(input) if isinstance(statistics, Statistics) else statistics
     if regions.inverse_count >= 1 and input.numel() > 0:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}: the variance "
@@ -70,17 +71,9 @@ def batch_norm(
     if regions.draws:
         draw = torch.randint(0, 2**62, (regions.draws,), device=input.device)
     act = as_activation(activation)
-    return torch.ops.leannorm.batch_norm(
-        input,
-        weight,
-        bias,
-        residual,
-        draw,
-        list(regions.boxes),
-        list(regions.weights),
-        eps,
-        act.kind if act else "",
-        list(act.parameters) if act else [],
+    kind, parameters = (act.kind, act.parameters) if act else ("", ())
+    return autograd.batch_norm(
+        input, weight, bias, residual, draw, regions.boxes, regions.weights, eps, kind, parameters
     )
 
 

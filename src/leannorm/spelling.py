@@ -6,16 +6,8 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-from leannorm.statistics import (
-    BatchSampling,
-    FeatureSampling,
-    FullBatch,
-    GridSampling,
-    NaiveSampling,
-    Statistics,
-    VirtualDataset,
-    WeightedSum,
-)
+from leannorm.sampling import BatchSampling, FeatureSampling, GridSampling, NaiveSampling
+from leannorm.statistics import FullBatch, Statistics, VirtualDataset, WeightedSum
 
 _SOURCES: dict[str, tuple[Callable[..., Statistics], dict[str, dict[str, Any]], tuple[str, ...]]] = {
     # name: class, bare options and the fields they set, options with an integer value

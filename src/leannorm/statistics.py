@@ -13,11 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from fractions import Fraction
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
+
+Boxes = tuple[tuple[tuple[int, ...], float], ...]
 
 
 class Regions(NamedTuple):
@@ -54,20 +56,25 @@ class Statistics:
         """How many virtual samples this source wants appended to the batch."""
         return 0
 
-    def boxes(self, shape: Sequence[int], place: int) -> tuple[tuple[tuple[int, ...], float], ...]:
+    def boxes(self, shape: Sequence[int], place: int, by_rows: bool = False) -> Boxes:
         """Give (box, weight) for each region of an (N, C, *spatial) shape; its last ``virtual`` samples are virtual."""
         raise NotImplementedError
 
-    def regions(self, shape: Sequence[int], place: int = 0) -> Regions:
+    def regions(self, shape: Sequence[int], place: int = 0, by_rows: bool = False) -> Regions:
         """Give the regions of a tensor of this shape.
 
         Args:
             shape: (N, C, *spatial), with the virtual samples counted in N.
             place: a number that tells layers apart, so that each has fixed places of its own.
+            by_rows: whether the tensor is contiguous, so that neighbours in a row of a map share cache lines.
         """
         if torch.compiler.is_compiling():  # shapes may be symbolic, which no cache can hold
-            return _regions(self, shape, place)
-        return _cached_regions(self, tuple(shape), place)
+            return _regions(self, shape, place, by_rows)
+        return _cached_regions(self, tuple(shape), place, by_rows)
+
+    def regions_of(self, x: Tensor, place: int = 0) -> Regions:
+        """Give the regions of a tensor, by its shape and its memory order."""
+        return self.regions(x.shape, place, by_rows=x.is_contiguous())
 
     def __add__(self, other: Statistics) -> WeightedSum:
         if not isinstance(other, Statistics):
@@ -76,12 +83,12 @@ class Statistics:
         return WeightedSum(sources)
 
 
-def _regions(source: Statistics, shape: Sequence[int], place: int) -> Regions:
+def _regions(source: Statistics, shape: Sequence[int], place: int, by_rows: bool) -> Regions:
     if 0 in shape:
         return Regions((), (), 0, 1.0)
-    pairs = source.boxes(shape, place)
+    pairs = source.boxes(shape, place, by_rows)
     inverse_count = sum(weight * weight / _count(box) for box, weight in pairs)
-    if len(pairs) == 1 and _count(pairs[0][0]) == math.prod(_sampled_dimensions(shape)):
+    if len(pairs) == 1 and _count(pairs[0][0]) == math.prod(sampled_dimensions(shape)):
         return Regions((), (), 0, inverse_count)
     flat = tuple(number for box, _ in pairs for number in box)
     draws = len(flat) // 4 if any(span != 1 for span in flat[1::4]) else 0
@@ -91,7 +98,8 @@ def _regions(source: Statistics, shape: Sequence[int], place: int) -> Regions:
 _cached_regions = lru_cache(maxsize=4096)(_regions)
 
 
-def _sampled_dimensions(shape: Sequence[int]) -> tuple[int, ...]:
+def sampled_dimensions(shape: Sequence[int]) -> tuple[int, ...]:
+    """Give N and the spatial sizes of an (N, C, *spatial) shape."""
     return (shape[0], *shape[2:])
 
 
@@ -99,7 +107,8 @@ def _count(box: tuple[int, ...]) -> int:
     return math.prod(box[2::4])
 
 
-def _whole(sizes: Sequence[int]) -> tuple[int, ...]:
+def whole(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Give the box that takes all of these sizes."""
     return tuple(number for size in sizes for number in (0, 1, size, 1))
 
 
@@ -107,170 +116,12 @@ def _whole(sizes: Sequence[int]) -> tuple[int, ...]:
 class FullBatch(Statistics):
     """All elements: ordinary batch normalization."""
 
-    def boxes(self, shape, place):
+    def boxes(self, shape, place, by_rows=False):
         """Give one region: the whole tensor."""
-        return ((_whole(_sampled_dimensions(shape)), 1.0),)
+        return ((whole(sampled_dimensions(shape)), 1.0),)
 
     def __str__(self) -> str:
         return "full"
-
-
-@dataclass(frozen=True)
-class _Sampling(Statistics):
-    """What the sampled sources share.
-
-    Args:
-        fraction: the share of the elements that is sampled, in (0, 1].
-        minimum: the least number of elements a channel; where the fraction gives fewer, more are taken, up to all.
-            Measured (`experiments/minimum.py`): training fails at 16, and does not at 32.
-        between_steps: add the variance of the sampled mean between steps, m (1 - m) (mean_S - running_mean)^2 with m
-            the momentum, to the moving variance, which otherwise estimates the variance within a sample alone.
-    """
-
-    fraction: float
-    _: KW_ONLY
-    minimum: int = 64
-    between_steps: bool = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.fraction, float | int | Fraction) or not 0 < self.fraction <= 1:
-            raise ValueError(f"{type(self).__name__}: fraction must lie in (0, 1], got {self.fraction!r}")
-        object.__setattr__(self, "fraction", float(self.fraction))
-        if not isinstance(self.minimum, int) or self.minimum < 1:
-            raise ValueError(f"{type(self).__name__}: minimum must be a positive integer, got {self.minimum!r}")
-
-    def _spell(self, name: str, *options: str) -> str:
-        fraction = Fraction(self.fraction).limit_denominator(100_000)
-        spelled = str(fraction) if float(fraction) == self.fraction else repr(self.fraction)
-        if self.minimum != type(self).minimum:
-            options += (f"minimum={self.minimum}",)
-        if self.between_steps:
-            options += ("between_steps",)
-        return f"{name}:{spelled}" + ("@" + ",".join(options) if options else "")
-
-
-@dataclass(frozen=True)
-class NaiveSampling(_Sampling):
-    """The first samples of the batch, the same ones in every layer and step: the baseline to beat (NS)."""
-
-    def boxes(self, shape, place):
-        """Give one region: the first samples."""
-        sizes = _sampled_dimensions(shape)
-        count = _samples(self, sizes)
-        return (((0, 1, count, 1, *_whole(sizes[1:])), 1.0),)
-
-    def __str__(self) -> str:
-        return self._spell("ns")
-
-
-@dataclass(frozen=True)
-class BatchSampling(_Sampling):
-    """Adjacent samples at a place along the batch that each layer draws anew in each step (BS)."""
-
-    def boxes(self, shape, place):
-        """Give one region: some adjacent samples."""
-        sizes = _sampled_dimensions(shape)
-        count = _samples(self, sizes)
-        return (((0, sizes[0] - count + 1, count, 1, *_whole(sizes[1:])), 1.0),)
-
-    def __str__(self) -> str:
-        return self._spell("bs")
-
-
-def _samples(source: _Sampling, sizes: Sequence[int]) -> int:
-    per_sample = max(1, math.prod(sizes[1:]))
-    return min(sizes[0], max(1, round(sizes[0] * source.fraction), math.ceil(source.minimum / per_sample)))
-
-
-@dataclass(frozen=True)
-class _SpatialSampling(_Sampling):
-    """What patch and grid share: the same positions in every feature map of every sample.
-
-    Args:
-        position: "fixed" keeps each layer's place for the whole training; it is a pure function of ``seed``, the
-            layer's name and the map's size. "step" draws a new place in each step.
-        seed: moves all fixed places.
-    """
-
-    position: Literal["fixed", "step"] = "fixed"
-    _: KW_ONLY
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.position not in ("fixed", "step"):
-            raise ValueError(f"{type(self).__name__}: position must be 'fixed' or 'step', got {self.position!r}")
-
-    def _step(self, size: int, count: int) -> int:
-        raise NotImplementedError
-
-    def boxes(self, shape, place):
-        """Give one region: a patch or a grid; along the samples where there is no spatial dimension."""
-        sizes = _sampled_dimensions(shape)
-        samples_alone = len(sizes) == 1  # of an (N, C) tensor
-        sampled = sizes if samples_alone else sizes[1:]
-        repeats = 1 if samples_alone else sizes[0]
-        target = self.fraction * math.prod(sampled)
-        if target * repeats < self.minimum:
-            target = min(self.minimum / repeats, math.prod(sampled))
-        box: tuple[int, ...] = () if samples_alone else (0, 1, repeats, 1)
-        for d, (size, count) in enumerate(zip(sampled, _counts(sampled, target), strict=True)):
-            step = self._step(size, count)
-            count = min(count, (size - 1) // step + 1)
-            span = size - (count - 1) * step
-            start = 0
-            if self.position == "fixed":
-                start, span = _mix(self.seed, place, d, *sampled) % span, 1
-            box += (start, span, count, step)
-        return ((box, 1.0),)
-
-    def _spell(self, name: str, *options: str) -> str:
-        if self.position == "step":
-            options = ("step", *options)
-        if self.seed:
-            options += (f"seed={self.seed}",)
-        return super()._spell(name, *options)
-
-
-@dataclass(frozen=True)
-class FeatureSampling(_SpatialSampling):
-    """A nearly square patch, at the same place in every feature map of every sample (FS)."""
-
-    def _step(self, size: int, count: int) -> int:
-        return 1
-
-    def __str__(self) -> str:
-        return self._spell("fs")
-
-
-@dataclass(frozen=True)
-class GridSampling(_SpatialSampling):
-    """Every k-th row and column, the same ones in every feature map of every sample."""
-
-    def _step(self, size: int, count: int) -> int:
-        return round(size / count)
-
-    def __str__(self) -> str:
-        return self._spell("grid")
-
-
-def _counts(sizes: Sequence[int], target: float) -> list[int]:
-    """Spread about ``target`` elements over the dimensions, the same share of each."""
-    counts = []
-    for d, size in enumerate(sizes):
-        share = (target / max(1, math.prod(sizes[d:]))) ** (1 / (len(sizes) - d))
-        counts.append(min(size, max(1, round(size * share))))
-        target = target / counts[-1]
-    return counts
-
-
-def _mix(*numbers: int) -> int:
-    """Hash integers to 31 bits (splitmix64's finaliser), the same on every machine and in every process."""
-    state = 0x9E3779B97F4A7C15
-    for number in numbers:
-        state = ((state ^ number) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-    return state >> 33
 
 
 DISTRIBUTIONS = ("normal", "uniform", "matched")
@@ -303,10 +154,10 @@ class VirtualDataset(Statistics):
         """How many virtual samples this source wants appended to the batch."""
         return self.samples
 
-    def boxes(self, shape, place):
+    def boxes(self, shape, place, by_rows=False):
         """Give one region: the virtual samples, which are the last of the batch."""
-        sizes = _sampled_dimensions(shape)
-        return (((sizes[0] - self.samples, 1, self.samples, 1, *_whole(sizes[1:])), 1.0),)
+        sizes = sampled_dimensions(shape)
+        return (((sizes[0] - self.samples, 1, self.samples, 1, *whole(sizes[1:])), 1.0),)
 
     def __str__(self) -> str:
         options = [self.distribution] * (self.distribution != "normal") + ["between_steps"] * self.between_steps
@@ -346,13 +197,13 @@ class WeightedSum(Statistics):
         """How many virtual samples this source wants appended to the batch."""
         return sum(source.virtual for source in self.sources)
 
-    def boxes(self, shape, place):
+    def boxes(self, shape, place, by_rows=False):
         """Give the regions of all sources; none but the virtual one sees the virtual samples."""
         real = (shape[0] - self.virtual, *shape[1:])
         return tuple(
             (box, weight * share)
             for source, weight in zip(self.sources, self.weights, strict=True)
-            for box, share in source.boxes(shape if source.virtual else real, place)
+            for box, share in source.boxes(shape if source.virtual else real, place, by_rows)
         )
 
     def __str__(self) -> str:

@@ -192,7 +192,7 @@ def exact(case: Case, statistics: Statistics, seed: int) -> tuple[dict[str, Tens
     )
     assert x64 is not None
     torch.manual_seed(seed)
-    z = normalized(x64, weight, bias, residual64, statistics.regions(x64.shape), 1e-5)
+    z = normalized(x64, weight, bias, residual64, statistics.regions_of(x), 1e-5)
     if operation.relu:
         size = z.detach().abs()
         dy = dy * (size > _KINK * torch.finfo(dtype).eps * size.max())

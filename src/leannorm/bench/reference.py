@@ -36,7 +36,7 @@ class ByDefinition(SampledBatchNorm):
     ) -> Tensor:
         """Normalize, add, activate."""
         act = as_activation(activation) or self.activation
-        regions = self.statistics.regions(input.shape, self.place)
+        regions = self.statistics.regions_of(input, self.place)
         z = normalized(input, self.weight, self.bias, residual, regions, self.eps)
         return definition.activate(z, act.kind, act.parameters) if act else z
 

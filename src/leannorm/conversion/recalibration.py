@@ -43,7 +43,7 @@ class _Pool:
             return
         sampled = isinstance(layer, SampledBatchNorm)
         source, place = (layer.statistics, layer.place) if sampled else (FullBatch(), 0)
-        regions = source.regions(x.shape, place)
+        regions = source.regions_of(x, place)
         count = round(1 / regions.inverse_count)
         mean, var = self.running[0].double(), self.running[1].double() / regions.unbiased
         if not (mean.isfinite().all() and var.isfinite().all()):

@@ -132,7 +132,7 @@ class SampledBatchNorm(_BatchNorm):
             )
         if self.statistics.virtual:
             self._check_mark(input)
-        regions = self.statistics.regions(input.shape, self.place)
+        regions = self.statistics.regions_of(input, self.place)
         y, mean, var = functional.batch_norm(
             input,
             self.weight,
@@ -158,26 +158,25 @@ class SampledBatchNorm(_BatchNorm):
                 "(not a part of it, and with no reshaping of the batch in between), or convert the part"
             )
 
-    @torch.no_grad()
     def _track(self, input: Tensor, mean: Tensor, var: Tensor, regions: Regions) -> None:
-        if self.num_batches_tracked is None or self.running_mean is None or self.running_var is None:
+        batches, running_mean, running_var = self.num_batches_tracked, self.running_mean, self.running_var
+        if batches is None or running_mean is None or running_var is None:
             return
-        self.num_batches_tracked.add_(1)
+        batches.add_(1)
         if input.numel() == 0:
             return
-        dtype = self.running_mean.dtype
+        dtype = running_mean.dtype
         factor = self.momentum
         if factor is None:
-            factor = (1 / self.num_batches_tracked).to(dtype)
-        new_mean, new_var = mean.to(dtype), (var * regions.unbiased).to(dtype)
+            factor = (1 / batches).to(dtype)
+        mean, var = mean.to(dtype), (var * regions.unbiased).to(dtype)
         if self.statistics.between_steps:
-            new_var = new_var + (1 - factor) * (new_mean - self.running_mean) ** 2
+            var = var + (1 - factor) * (mean - running_mean) ** 2
         if self.guard_nonfinite:
-            finite = new_mean.isfinite() & new_var.isfinite()
-            new_mean = torch.where(finite, new_mean, self.running_mean)
-            new_var = torch.where(finite, new_var, self.running_var)
-        self.running_mean.lerp_(new_mean, factor)
-        self.running_var.lerp_(new_var, factor)
+            finite = mean.isfinite() & var.isfinite()
+            mean, var = torch.where(finite, mean, running_mean), torch.where(finite, var, running_var)
+        running_mean.lerp_(mean, factor)
+        running_var.lerp_(var, factor)
 
     def extra_repr(self) -> str:
         """Add what torch's layer has not."""

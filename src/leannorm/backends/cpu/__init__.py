@@ -6,13 +6,16 @@ The extension ``_kernels`` is built at install; without a compiler there is none
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from leannorm.backends import aten
-from leannorm.ops.contract import library, takes_output
+from leannorm.ops import eager
+from leannorm.ops.contract import takes_output
 
 _kernels: Any = None
 _missing = ""
@@ -24,17 +27,8 @@ except ImportError as error:
 available = _kernels is not None
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_NO_BOUND = float("nan")
-_KINDS = {  # kind, number, parameters that the kernels see
-    "": (0, (_NO_BOUND, _NO_BOUND)),
-    "relu": (0, (0.0, _NO_BOUND)),
-    "clamp": (0, None),
-    "leaky_relu": (1, None),
-    "silu": (2, ()),
-    "hardswish": (3, ()),
-    "gelu": (4, ()),
-    "gelu_tanh": (5, ()),
-}
+_PLAIN = (Tensor, torch.nn.Parameter)
+_KINDS = ("", "relu", "clamp", "leaky_relu", "silu", "hardswish", "gelu", "gelu_tanh")  # as the kernels count them
 
 
 def why_not(x: Tensor) -> str | None:
@@ -43,22 +37,40 @@ def why_not(x: Tensor) -> str | None:
         return f"{_missing}; install again where a C++ compiler is found"
     if x.device.type != "cpu":
         return f"the native kernels are for the CPU, the input is on {x.device}"
-    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+    if type(x) not in _PLAIN:
         return f"the native kernels read memory, which a {type(x).__name__} may not have"
     if x.dtype not in _DTYPES:
         return f"the native kernels take float32, bfloat16 and float16, the input is {x.dtype}"
     if x.numel() == 0:
         return "the input is empty"
-    if _channels_last(x) is None and _channels_last(torch.empty_like(x, device="meta")) is None:
+    if _channels_last(x.shape, torch.empty_like(x, device="meta").stride()) is None:
         return f"the input's memory order is neither contiguous nor channels-last, its strides are {x.stride()}"
     return None
 
 
-def _channels_last(x: Tensor) -> bool | None:
+def _channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool | None:
     """Whether the channels come last in memory, or None for an order that the kernels do not know."""
-    if x.is_contiguous():
-        return x.numel() == x.shape[0] * x.shape[1]
-    return True if x.movedim(1, -1).is_contiguous() else None
+    like = torch.empty_strided(shape, strides, device="meta")
+    if like.is_contiguous():
+        return like.numel() == shape[0] * shape[1]
+    return True if like.movedim(1, -1).is_contiguous() else None
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    shape: Sequence[int], strides: Sequence[int], boxes: Sequence[int], weights: Sequence[float], drawn: bool
+) -> Any:
+    """Make the kernels' plan for tensors of this shape and these strides, or None where they have none."""
+    order = _channels_last(shape, strides)
+    if order is None or 0 in shape:
+        return None
+    return _kernels.Plan(order, shape[1], [shape[0], *shape[2:]], list(boxes), list(weights), drawn)
+
+
+def _plan_for(x: Tensor, like: Tensor, draw: Tensor | None, boxes: Sequence[int], weights: Sequence[float]) -> Any:
+    if x.dtype not in _DTYPES or type(x) not in _PLAIN:
+        return None
+    return _plan(like.shape, like.stride(), tuple(boxes), tuple(weights), draw is not None)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -80,22 +92,21 @@ def _maybe_like(x: Tensor, other: Tensor | None) -> Tensor | None:
     return None if other is None else _like(x, other)
 
 
-def _activation(kind: str, parameters: list[float]) -> tuple[int, float, float]:
-    number, fixed = _KINDS[kind]
-    first, second = (*(parameters if fixed is None else fixed), 0.0, 0.0)[:2]
-    return number, first, second
+def _activation(kind: str, parameters: Sequence[float]) -> tuple[int, float, float]:
+    first, second = (*parameters, 0.0, 0.0)[:2]
+    return _KINDS.index(kind), first, second
 
 
 def _batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters):
-    if why_not(x) is not None:
-        return aten.batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters)
     y = torch.empty_like(x)
+    plan = _plan_for(x, y, draw, boxes, weights)
+    if plan is None:
+        return aten.batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters)
     x, residual, weight, bias = _like(y, x), _maybe_like(y, residual), _per_channel(weight), _per_channel(bias)
     mean, var = (torch.empty(x.shape[1], dtype=torch.float32) for _ in range(2))
-    _kernels.batch_norm(
-        _DTYPES[x.dtype], _channels_last(y), x.shape[1], [x.shape[0], *x.shape[2:]],
-        _address(x), _address(residual), _address(y), _address(weight), _address(bias), _address(mean), _address(var),
-        _address(draw), boxes, weights, eps, *_activation(activation, parameters),
+    plan.batch_norm(
+        _DTYPES[x.dtype], _address(x), _address(residual), _address(y), _address(weight), _address(bias),
+        _address(mean), _address(var), _address(draw), eps, *_activation(activation, parameters),
     )  # fmt: skip
     return y, mean, var
 
@@ -118,25 +129,25 @@ def _batch_norm_backward(
     residual_gradient,
 ):
     without_output = takes_output(activation) and residual is not None and y is None  # no layer calls it so
-    if without_output or why_not(x) is not None:
+    dx = torch.empty_like(x)
+    plan = None if without_output else _plan_for(x, dx, draw, boxes, weights)
+    if plan is None:
         return aten.batch_norm_backward(
             dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters, draw, boxes, weights,
             residual_gradient,
         )  # fmt: skip
-    dx = torch.empty_like(x)
     x, dy, residual, y = _like(dx, x), _like(dx, dy), _maybe_like(dx, residual), _maybe_like(dx, y)
     weight, bias = _per_channel(weight), _per_channel(bias)
     dresidual = torch.empty_like(dx) if residual_gradient else None
     sum_g_xhat, sum_g = torch.empty_like(mean), torch.empty_like(mean)
-    _kernels.batch_norm_backward(
-        _DTYPES[x.dtype], _channels_last(dx), x.shape[1], [x.shape[0], *x.shape[2:]],
-        _address(dy), _address(x), _address(residual), _address(y), _address(dx), _address(dresidual),
+    plan.batch_norm_backward(
+        _DTYPES[x.dtype], _address(dy), _address(x), _address(residual), _address(y), _address(dx), _address(dresidual),
         _address(weight), _address(bias), _address(mean), _address(var), _address(sum_g_xhat), _address(sum_g),
-        _address(draw), boxes, weights, eps, *_activation(activation, parameters),
+        _address(draw), eps, *_activation(activation, parameters),
     )  # fmt: skip
     return dx, sum_g_xhat, sum_g, x.new_empty(0) if dresidual is None else dresidual
 
 
 if available:
-    library.impl("batch_norm", _batch_norm, "CPU")
-    library.impl("batch_norm_backward", _batch_norm_backward, "CPU")
+    eager.register("batch_norm", _batch_norm, "cpu")
+    eager.register("batch_norm_backward", _batch_norm_backward, "cpu")

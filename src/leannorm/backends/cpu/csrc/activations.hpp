@@ -28,7 +28,20 @@ inline Vec exp(Vec x) {
   return p * float_of((Bits)((half + 127) << 23)) * float_of((Bits)((n - half + 127) << 23));
 }
 
-// Identity, relu and clamp: a bound that is NaN does not bind.
+struct Identity {
+  static constexpr bool kTakesOutput = true;
+  explicit Identity(const Activation&) {}
+  Vec operator()(Vec z) const { return z; }
+  Vec backward(Vec dy, Vec) const { return dy; }
+};
+
+struct Relu {
+  static constexpr bool kTakesOutput = true;
+  explicit Relu(const Activation&) {}
+  Vec operator()(Vec z) const { return at_least(0.0f, z); }
+  Vec backward(Vec dy, Vec at) const { return at <= 0.0f ? Vec{} : dy; }
+};
+
 struct Clamp {
   static constexpr bool kTakesOutput = true;
   Vec low, high;
@@ -125,6 +138,8 @@ struct Gated {
 template <class Body>
 void with_activation(const Activation& a, Body body) {
   switch (a.kind) {
+    case Kind::identity: return body(Identity(a));
+    case Kind::relu: return body(Relu(a));
     case Kind::clamp: return body(Clamp(a));
     case Kind::leaky_relu: return body(LeakyRelu(a));
     case Kind::silu: return body(Gated<Logistic>(a));

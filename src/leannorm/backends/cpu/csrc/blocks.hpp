@@ -9,11 +9,22 @@ namespace {
 
 constexpr int64_t kBlock = 4096;     // elements that are added up in float before they go to double
 constexpr int64_t kBlockRows = 128;  // the same for rows
+constexpr int64_t kColumns = 32;     // channels of planes whose sampled elements are gathered into rows
+
+constexpr int kRows = 4;  // taken together, so that per-channel values are read once for all
 
 template <int kValue>
 struct Constant {
   static constexpr int value = kValue;
 };
+
+// Calls body(row, rows as a constant) for the rows [first, last), several at a time.
+template <class Body>
+inline __attribute__((always_inline)) void each_rows(int64_t first, int64_t last, Body body) {
+  int64_t r = first;
+  for (; r + kRows <= last; r += kRows) body(r, Constant<kRows>{});
+  for (; r < last; ++r) body(r, Constant<1>{});
+}
 
 struct Piece {
   int64_t offset, length, channel, sums;
@@ -38,6 +49,27 @@ inline __attribute__((always_inline)) void each_piece(const Geometry& g, int64_t
   }
 }
 
+// Calls body(first channel, number) for the channels [begin, end), at most kColumns at a time.
+template <class Body>
+void each_columns(int64_t begin, int64_t end, Body body) {
+  for (int64_t channel = begin; channel < end; channel += kColumns)
+    body(channel, end - channel < kColumns ? end - channel : kColumns);
+}
+
+// Elements of planes to rows of scratch memory and back; p is the first channel's plane.
+
+template <class Scalar>
+void gather(const Scalar* p, const int64_t* offsets, int64_t count, int64_t spatial, int64_t width, Scalar* rows) {
+  for (int64_t c = 0; c < width; ++c, p += spatial)
+    for (int64_t r = 0; r < count; ++r) rows[r * width + c] = p[offsets[r]];
+}
+
+template <class Scalar>
+void scatter(Scalar* p, const int64_t* offsets, int64_t count, int64_t spatial, int64_t width, const Scalar* rows) {
+  for (int64_t c = 0; c < width; ++c, p += spatial)
+    for (int64_t r = 0; r < count; ++r) p[offsets[r]] = rows[r * width + c];
+}
+
 inline void clear(float* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = 0;
 }
@@ -52,14 +84,18 @@ typename T::Scalar* at(void* tensor, int64_t offset) {
   return tensor ? static_cast<typename T::Scalar*>(tensor) + offset : nullptr;
 }
 
-// Calls body with the storage type.
+// Calls body with the storage type. Instructions for one type alone are not worth the code of the others.
 template <class Body>
 void with_dtype(Dtype dtype, Body body) {
+#if defined(__AVX512BF16__)
+  if (dtype == Dtype::bfloat16) body(BFloat16{});
+#else
   switch (dtype) {
     case Dtype::float32: return body(Float32{});
     case Dtype::bfloat16: return body(BFloat16{});
     case Dtype::float16: return body(Float16{});
   }
+#endif
 }
 
 }  // namespace

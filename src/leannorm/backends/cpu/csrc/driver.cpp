@@ -1,15 +1,14 @@
 #include "driver.hpp"
 
 #include <omp.h>
+#include <cstdlib>
 
 #include <algorithm>
 #include <cmath>
 #include <functional>
 #include <numeric>
-#include <optional>
+#include <utility>
 #include <vector>
-
-#include "places.hpp"
 
 namespace leannorm {
 namespace {
@@ -48,8 +47,8 @@ struct Layout : Geometry {
   bool rows;
   int threads;
 
-  explicit Layout(const Problem& p)
-      : Geometry{p.sizes[0], p.channels, product(p.sizes) / p.sizes[0], 1, 1}, rows(p.channels_last) {
+  explicit Layout(const Plan& plan)
+      : Geometry{plan.sizes[0], plan.channels, plan.spatial(), 1, 1}, rows(plan.channels_last) {
     threads = elements() < kSerial || omp_in_parallel() ? 1 : omp_get_max_threads();
     if (rows) {
       const int64_t whole = 32 / std::gcd(channels, int64_t{32});  // makes wide rows whole vectors and cache lines
@@ -117,13 +116,6 @@ struct ChannelBuffers {
 
 float inverse_deviation(float var, double eps) { return static_cast<float>(1 / std::sqrt(var + eps)); }
 
-std::optional<Places> places_of(const Problem& p, const Layout& layout) {
-  if (p.boxes.empty()) return std::nullopt;
-  Places places(p.sizes, p.draw, p.boxes, p.shares);
-  if (!layout.rows) places.within_samples(layout.spatial);
-  return places;
-}
-
 Partials moments_of_all(const Kernels& kernels, const Tensors& t, const Layout& layout) {
   Partials parts(layout.parts(), layout.channels);
   if (!layout.rows) {
@@ -150,44 +142,27 @@ Partials moments_of_all(const Kernels& kernels, const Tensors& t, const Layout& 
   return parts;
 }
 
-// Calls body(sample, its places, offset of the first plane, begin, end) for ranges of channels that a thread owns.
-template <class Body>
-void each_sampled_planes(const Layout& layout, const Places& places, int threads, Body body) {
-  parallel(threads, [&](int thread) {
-    const int64_t channels = layout.channels;
-    const auto [first, last] = share_of(layout.samples * channels, thread, threads);
-    for (int64_t plane = first; plane < last;) {
-      const int64_t sample = plane / channels, begin = plane % channels;
-      const int64_t end = std::min(channels, begin + last - plane);
-      const Sampled sampled = places.of_sample(sample);
-      if (sampled.count) body(sample, sampled, plane * layout.spatial, begin, end);
-      plane += end - begin;
-    }
-  });
-}
-
 int threads_for(const Layout& layout, const Places& places) {
-  return static_cast<int64_t>(places.positions.size()) * layout.channels < kSerial ? 1 : layout.threads;
+  return places.size() * layout.channels < kSerial ? 1 : layout.threads;
 }
 
 Partials moments_of_places(const Kernels& kernels, const Tensors& t, const Layout& layout, const Places& places) {
   const int threads = threads_for(layout, places);
-  Partials parts(layout.rows ? threads : layout.samples, layout.channels);
-  if (!layout.rows) {
-    each_sampled_planes(layout, places, threads,
-                        [&](int64_t sample, Sampled sampled, int64_t plane, int64_t begin, int64_t end) {
-                          kernels.moments_sampled_planes(t, layout.spatial, plane, begin, end, sampled,
-                                                         parts.at(sample));
-                        });
-    parts.counts = places.counts;
-    return parts;
-  }
+  Partials parts(layout.rows ? threads : 1, layout.channels);
   parallel(threads, [&](int thread) {
+    if (!layout.rows) {
+      std::vector<float> scratch(scratch_size(kWidth));
+      const auto [begin, end] = share_of(layout.channels, thread, threads);
+      kernels.moments_sampled_planes(t, layout.spatial, begin, end, places.of_range(0, places.size()), parts.at(0),
+                                     scratch.data());
+      return;
+    }
     std::vector<float> scratch(scratch_size(layout.channels));
-    const auto [begin, end] = share_of(static_cast<int64_t>(places.positions.size()), thread, threads);
+    const auto [begin, end] = share_of(places.size(), thread, threads);
     kernels.moments_sampled_rows(t, layout.channels, places.of_range(begin, end), parts.at(thread), scratch.data());
     parts.counts[thread] = std::accumulate(places.weights.data() + begin, places.weights.data() + end, 0.0);
   });
+  if (!layout.rows) parts.counts[0] = places.count;
   return parts;
 }
 
@@ -225,16 +200,20 @@ void finish_moments(Partials& parts, Range range, float* mean, float* var) {
   }
 }
 
+int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
 bool lines_are_whole(const Layout& layout, const void* p, int64_t bytes) {
   const int64_t stretch = layout.rows ? layout.width() : layout.spatial / layout.pieces;
   return reinterpret_cast<uintptr_t>(p) % 64 == 0 && stretch * bytes % 64 == 0 &&
          (layout.rows || layout.spatial % layout.pieces == 0);
 }
 
-Tensors with_streaming(const Problem& p, const Layout& layout) {
-  Tensors t = p.tensors;
-  const int64_t bytes = t.dtype == Dtype::float32 ? 4 : 2;
-  t.stream = layout.elements() * bytes > kCacheBytes && lines_are_whole(layout, t.out, bytes) &&
+Tensors with_streaming(Tensors t, const Layout& layout) {
+  const int64_t bytes = size_of(t.dtype);
+  static const int64_t limit = getenv("LN_LIMIT") ? atoll(getenv("LN_LIMIT")) << 20 : kCacheBytes;
+  static const int streams = getenv("LN_STREAMS") ? 1 : 0;
+  int64_t n = streams ? 2 + (t.dy ? 1 : 0) + (t.residual ? 1 : 0) + (t.y ? 1 : 0) + (t.dresidual ? 1 : 0) : 1;
+  t.stream = n * layout.elements() * bytes > limit && lines_are_whole(layout, t.out, bytes) &&
              lines_are_whole(layout, t.dresidual, bytes);
   return t;
 }
@@ -244,11 +223,11 @@ Tensors without_streaming(Tensors t) {
   return t;
 }
 
-void set_point(const Problem& p, Range range, const float* mean, const float* var, ChannelBuffers& buffers) {
+void set_point(const Call& call, Range range, const float* mean, const float* var, ChannelBuffers& buffers) {
   for (int64_t c = range.begin; c < range.end; ++c) {
     buffers.mean[c] = mean[c];
-    buffers.scale[c] = inverse_deviation(var[c], p.eps) * (p.weight ? p.weight[c] : 1.0f);
-    buffers.bias[c] = p.bias ? p.bias[c] : 0.0f;
+    buffers.scale[c] = inverse_deviation(var[c], call.eps) * (call.weight ? call.weight[c] : 1.0f);
+    buffers.bias[c] = call.bias ? call.bias[c] : 0.0f;
   }
 }
 
@@ -275,30 +254,64 @@ void backward_pass(const Kernels& kernels, const Tensors& t, const Layout& layou
 void correct(const Kernels& kernels, const Tensors& t, const Layout& layout, const Channels& channels,
              const Places& places) {
   const int threads = threads_for(layout, places);
-  if (!layout.rows) {
-    each_sampled_planes(layout, places, threads,
-                        [&](int64_t, Sampled sampled, int64_t plane, int64_t begin, int64_t end) {
-                          kernels.correct_planes(t, channels, layout.spatial, plane, begin, end, sampled);
-                        });
-    return;
-  }
   parallel(threads, [&](int thread) {
-    const auto [begin, end] = share_of(static_cast<int64_t>(places.positions.size()), thread, threads);
-    kernels.correct_rows(t, channels, layout.channels, places.of_range(begin, end));
+    if (layout.rows) {
+      const auto [begin, end] = share_of(places.size(), thread, threads);
+      kernels.correct_rows(t, channels, layout.channels, places.of_range(begin, end));
+    } else {
+      const auto [begin, end] = share_of(layout.channels, thread, threads);
+      kernels.correct_planes(t, channels, layout.spatial, begin, end, places.of_range(0, places.size()));
+    }
   });
 }
 
+// Fixed places, or those that a draw gives.
+class Sample {
+ public:
+  Sample(const Plan& plan, const int64_t* draw) {
+    if (plan.boxes.empty()) return;
+    if (!plan.fixed) drawn_.emplace(plan.places(draw));
+    places_ = plan.fixed ? &*plan.fixed : &*drawn_;
+  }
+  Sample(const Sample&) = delete;
+  explicit operator bool() const { return places_; }
+  const Places& operator*() const { return *places_; }
+  const Places* operator->() const { return places_; }
+
+ private:
+  std::optional<Places> drawn_;
+  const Places* places_ = nullptr;
+};
+
 }  // namespace
 
-void batch_norm(const Kernels& kernels, const Problem& p, float* mean, float* var) {
-  const Layout layout(p);
-  const auto places = places_of(p, layout);
-  const Tensors t = with_streaming(p, layout);
+Plan::Plan(bool channels_last, int64_t channels, std::vector<int64_t> sizes, std::vector<int64_t> boxes,
+           std::vector<double> shares, bool drawn)
+    : channels_last(channels_last),
+      channels(channels),
+      sizes(std::move(sizes)),
+      boxes(std::move(boxes)),
+      shares(std::move(shares)) {
+  if (!this->boxes.empty() && !drawn) fixed.emplace(places(nullptr));
+}
+
+int64_t Plan::spatial() const { return product(sizes) / sizes[0]; }
+
+Places Plan::places(const int64_t* draw) const {
+  return Places(sizes, draw, boxes, shares, [this, n = spatial()](int64_t position) {
+    return channels_last ? position * channels : position / n * n * channels + position % n;
+  });
+}
+
+void batch_norm(const Kernels& kernels, const Plan& plan, const Call& call, float* mean, float* var) {
+  const Layout layout(plan);
+  const Sample places(plan, call.draw);
+  const Tensors t = with_streaming(call.tensors, layout);
   Partials parts = places ? moments_of_places(kernels, t, layout, *places) : moments_of_all(kernels, t, layout);
   ChannelBuffers buffers(layout);
   over_channels(parts, layout.threads, [&](Range range) {
     finish_moments(parts, range, mean, var);
-    set_point(p, range, mean, var, buffers);
+    set_point(call, range, mean, var, buffers);
   });
   const Channels channels = buffers.view();
   layout.each_chunk(!places, [&](int64_t begin, int64_t end, int) {
@@ -308,13 +321,13 @@ void batch_norm(const Kernels& kernels, const Problem& p, float* mean, float* va
   kernels.forward_rows(without_streaming(t), channels, layout.rest_offset(), layout.rest(), layout.channels);
 }
 
-void batch_norm_backward(const Kernels& kernels, const Problem& p, const float* mean, const float* var,
-                         float* sum_g_xhat, float* sum_g) {
-  const Layout layout(p);
-  const auto places = places_of(p, layout);
-  const Tensors t = with_streaming(p, layout);
+void batch_norm_backward(const Kernels& kernels, const Plan& plan, const Call& call, const float* mean,
+                         const float* var, float* sum_g_xhat, float* sum_g) {
+  const Layout layout(plan);
+  const Sample places(plan, call.draw);
+  const Tensors t = with_streaming(call.tensors, layout);
   ChannelBuffers buffers(layout);
-  set_point(p, {0, layout.channels}, mean, var, buffers);
+  set_point(call, {0, layout.channels}, mean, var, buffers);
   Partials parts(layout.parts(), layout.channels);
   backward_pass(kernels, t, layout, buffers.view(), places ? Backward::fused : Backward::reduce, parts);
 
@@ -328,7 +341,7 @@ void batch_norm_backward(const Kernels& kernels, const Problem& p, const float* 
       for (int64_t c = range.begin; c < range.end; ++c) g_centred[c] += second[c];
     }
     for (int64_t c = range.begin; c < range.end; ++c) {
-      const float rstd = inverse_deviation(var[c], p.eps);
+      const float rstd = inverse_deviation(var[c], call.eps);
       const double scale = buffers.scale[c] / count;
       sum_g[c] = static_cast<float>(g[c]);
       sum_g_xhat[c] = static_cast<float>(g_centred[c] * rstd);

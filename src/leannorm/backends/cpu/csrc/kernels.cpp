@@ -8,7 +8,6 @@
 namespace leannorm::LEANNORM_ISA {
 namespace {
 
-constexpr int kRows = 4;           // taken together, so that per-channel values are read once for all
 constexpr int64_t kAhead = 8192;  // bytes
 
 // A channel's value for each lane: read from memory in channels-last, the same one in a plane.
@@ -28,6 +27,10 @@ template <class Value>
 struct Point {
   Value mean, scale, bias, centre, slope;
 };
+
+Channels from(const Channels& c, int64_t channel) {
+  return {c.mean + channel, c.scale + channel, c.bias + channel, c.centre + channel, c.slope + channel};
+}
 
 Point<PerLane> point_of(const Channels& c) { return {{c.mean}, {c.scale}, {c.bias}, {c.centre}, {c.slope}}; }
 
@@ -72,17 +75,9 @@ struct Prefetch {
   void operator()(const Scalar* p) const { __builtin_prefetch(p + distance, 0, 2); }
 };
 
-// Calls body(offset, rows as a constant) for rows, several at a time.
-template <class Body>
-void each_rows(int64_t offset, int64_t rows, int64_t width, Body body) {
-  int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows) body(offset + r * width, Constant<kRows>{});
-  for (; r < rows; ++r) body(offset + r * width, Constant<1>{});
-}
-
 // Forward: `rows` stretches of n elements, `width` apart.
 
-template <class T, class Act, class Value, class Rows>
+template <class T, bool kResidual, class Act, class Value, class Rows>
 void forward(const Tensors& t, const Act& act, const Point<Value>& point, int64_t offset, int64_t n, Rows rows) {
   const auto *x = at<T>(t.x, offset), *residual = at<T>(t.residual, offset);
   auto* y = at<T>(t.out, offset);
@@ -90,11 +85,12 @@ void forward(const Tensors& t, const Act& act, const Point<Value>& point, int64_
   const Prefetch<typename T::Scalar> prefetch(n, rows.value);
   each_vector(n, [&](int64_t i, auto lanes) {
     const Vec mean = point.mean(i), scale = point.scale(i), bias = point.bias(i);
+#pragma GCC unroll kRows
     for (int r = 0; r < rows.value; ++r) {
       const int64_t k = r * n + i;
       prefetch(x + k);
       Vec z = (load<T>(x + k, lanes) - mean) * scale + bias;
-      if (residual) {
+      if constexpr (kResidual) {
         prefetch(residual + k);
         z += load<T>(residual + k, lanes);
       }
@@ -103,21 +99,30 @@ void forward(const Tensors& t, const Act& act, const Point<Value>& point, int64_
   });
 }
 
-void forward_rows(const Tensors& t, const Channels& channels, int64_t offset, int64_t rows, int64_t width) {
+// Calls body<T, kResidual>(activation).
+template <class Body>
+void with_forward(const Tensors& t, Body body) {
   with_dtype(t.dtype, [&]<class T>(T) {
     with_activation(t.activation, [&](auto act) {
-      const auto point = point_of(channels);
-      each_rows(offset, rows, width, [&](int64_t o, auto block) { forward<T>(t, act, point, o, width, block); });
+      if (t.residual) body.template operator()<T, true>(act);
+      else body.template operator()<T, false>(act);
+    });
+  });
+}
+
+void forward_rows(const Tensors& t, const Channels& channels, int64_t offset, int64_t rows, int64_t width) {
+  with_forward(t, [&]<class T, bool kResidual>(auto act) {
+    const auto point = point_of(channels);
+    each_rows(0, rows, [&](int64_t r, auto block) {
+      forward<T, kResidual>(t, act, point, offset + r * width, width, block);
     });
   });
 }
 
 void forward_planes(const Tensors& t, const Channels& channels, const Geometry& geometry, int64_t begin, int64_t end) {
-  with_dtype(t.dtype, [&]<class T>(T) {
-    with_activation(t.activation, [&](auto act) {
-      each_piece(geometry, begin, end, [&](Piece piece) {
-        forward<T>(t, act, point_of(channels, piece.channel), piece.offset, piece.length, Constant<1>{});
-      });
+  with_forward(t, [&]<class T, bool kResidual>(auto act) {
+    each_piece(geometry, begin, end, [&](Piece piece) {
+      forward<T, kResidual>(t, act, point_of(channels, piece.channel), piece.offset, piece.length, Constant<1>{});
     });
   });
 }
@@ -153,6 +158,7 @@ void backward(const Tensors& t, const Act& act, const Point<Value>& point, int64
     const Vec mean = point.mean(i), scale = point.scale(i), bias = point.bias(i);
     Vec centre, slope, sum{}, sum_centred{};
     if constexpr (kMode == Backward::exact) centre = weight * point.centre(i), slope = weight * point.slope(i);
+#pragma GCC unroll kRows
     for (int r = 0; r < rows.value; ++r) {
       const int64_t k = r * n + i;
       prefetch(x + k);
@@ -204,8 +210,8 @@ void backward_rows(const Tensors& t, const Channels& channels, Backward mode, in
       for (int64_t first = 0; first < rows; first += kBlockRows) {
         if (kMode != Backward::exact) clear(scratch, 2 * part);
         const int64_t count = rows - first < kBlockRows ? rows - first : kBlockRows;
-        each_rows(offset + first * width, count, width, [&](int64_t o, auto block) {
-          backward<T, kMode, kExtra>(t, act, point, o, width, block, sums);
+        each_rows(first, first + count, [&](int64_t r, auto block) {
+          backward<T, kMode, kExtra>(t, act, point, offset + r * width, width, block, sums);
         });
         if (kMode == Backward::exact) continue;
         for (int64_t i = 0; i < width; ++i) totals.first[i] += sums.g[i];
@@ -236,32 +242,45 @@ void backward_planes(const Tensors& t, const Channels& channels, Backward mode, 
 
 // Correction of sampled elements: computed anew from x and dy, so that dx is rounded once.
 
-void correct_rows(const Tensors& t, const Channels& channels, int64_t width, Sampled sampled) {
-  with_gradient(t, [&]<class T, bool kExtra>(auto act) {
-    const auto point = point_of(channels);
-    PlaneSums unused;
-    for (int64_t s = 0; s < sampled.count; ++s)
-      backward<T, Backward::exact, kExtra>(t, act, point, sampled.positions[s] * width, width, Constant<1>{}, unused,
-                                           sampled.weights[s]);
-  });
+template <class T, bool kExtra, class Act>
+void correct(const Tensors& t, const Act& act, const Channels& channels, int64_t width, Sampled sampled) {
+  const auto point = point_of(channels);
+  LaneSums unused{};
+  for (int64_t s = 0; s < sampled.count; ++s)
+    backward<T, Backward::exact, kExtra>(t, act, point, sampled.offsets[s], width, Constant<1>{}, unused,
+                                         sampled.weights[s]);
 }
 
-void correct_planes(const Tensors& t, const Channels& channels, int64_t spatial, int64_t plane, int64_t begin,
-                    int64_t end, Sampled sampled) {
-  with_gradient(t, [&]<class T, bool kExtra>(auto act) {
-    for (int64_t channel = begin; channel < end; ++channel, plane += spatial) {
-      const auto point = point_of(channels, channel);
-      const auto* x = at<T>(t.x, plane);
-      auto* dx = at<T>(t.out, plane);
-      const Gradient<T, kExtra, decltype(act)> gradient(t, act, plane);
-      each_vector(sampled.count, [&](int64_t s, auto lanes) {
-        const auto load_from = [&](const auto* p) { return gather<T>(p, sampled.positions + s, lanes); };
-        const Vec centred = load_from(x) - point.mean.v;
-        const Vec g = gradient(centred, point.scale.v, point.bias.v, load_from);
-        const Vec share = load<Float32>(sampled.weights + s, lanes) * (point.centre.v + point.slope.v * centred);
-        scatter<T>(dx, sampled.positions + s, point.scale.v * g - share, lanes);
-      });
-    }
+void correct_rows(const Tensors& t, const Channels& channels, int64_t width, Sampled sampled) {
+  with_gradient(t, [&]<class T, bool kExtra>(auto act) { correct<T, kExtra>(t, act, channels, width, sampled); });
+}
+
+void correct_planes(const Tensors& t, const Channels& channels, int64_t spatial, int64_t begin, int64_t end,
+                    Sampled sampled) {
+  with_gradient(t, [&]<class T, bool kExtra, class Act>(Act act) {
+    using Scalar = typename T::Scalar;
+    constexpr int64_t kRowsAtOnce = kBlockRows / 4;  // four buffers, and the cache holds them
+    Scalar x[kRowsAtOnce * kColumns], dy[kRowsAtOnce * kColumns], extra[kRowsAtOnce * kColumns],
+        dx[kRowsAtOnce * kColumns];
+    Tensors rows = t;
+    rows.x = x, rows.dy = dy, rows.out = dx, rows.dresidual = nullptr;
+    if constexpr (kExtra) (Act::kTakesOutput ? rows.y : rows.residual) = extra;
+    each_columns(begin, end, [&](int64_t channel, int64_t width) {
+      int64_t starts[kRowsAtOnce];
+      for (int64_t r = 0; r < kRowsAtOnce; ++r) starts[r] = r * width;
+      const int64_t plane = channel * spatial;
+      for (int64_t first = 0; first < sampled.count; first += kRowsAtOnce) {
+        const int64_t count = sampled.count - first < kRowsAtOnce ? sampled.count - first : kRowsAtOnce;
+        const auto fetch = [&](const void* from, Scalar* to) {
+          gather(at<T>(from, plane), sampled.offsets + first, count, spatial, width, to);
+        };
+        fetch(t.x, x);
+        fetch(t.dy, dy);
+        if constexpr (kExtra) fetch(Act::kTakesOutput ? t.y : t.residual, extra);
+        correct<T, kExtra>(rows, act, from(channels, channel), width, {starts, sampled.weights + first, count});
+        scatter(at<T>(t.out, plane), sampled.offsets + first, count, spatial, width, dx);
+      }
+    });
   });
 }
 

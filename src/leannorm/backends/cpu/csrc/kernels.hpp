@@ -4,7 +4,7 @@
 //   row         all channels of one position, in channels-last memory; a wide row is `fold` of them
 //   plane       the elements of one channel of one sample, in contiguous memory; cut into pieces
 //   unit        a wide row or a piece of a plane, counted in memory's order
-//   position    of a sampled element: its row, or its index in its plane
+//   position    of a sampled element: a sample and a place in its map, which all channels share
 //   z           (x - mean) scale + bias + residual;  y = act(z);  g = dy act'(z)
 //   dx          scale g - weight (centre + slope (x - mean)), weight 1 except in `correct`
 #pragma once
@@ -14,11 +14,11 @@
 namespace leannorm {
 
 enum class Dtype : int { float32, bfloat16, float16 };
-enum class Kind : int { clamp, leaky_relu, silu, hardswish, gelu, gelu_tanh };
+enum class Kind : int { identity, relu, clamp, leaky_relu, silu, hardswish, gelu, gelu_tanh };
 
 struct Activation {
   Kind kind;
-  float first, second;  // clamp: the bounds, NaN for none; leaky_relu: the slope
+  float first, second;  // clamp: the bounds; leaky_relu: the slope
 };
 
 struct Geometry {
@@ -52,9 +52,9 @@ struct Sums {
   double *first, *second;
 };
 
-// Positions in ascending order, with their weights.
+// Where the first channel of each position lies, in ascending order, and the position's weight.
 struct Sampled {
-  const int64_t* positions;
+  const int64_t* offsets;
   const float* weights;
   int64_t count;
 };
@@ -67,19 +67,21 @@ struct Kernels {
   void (*moments_rows)(const Tensors&, int64_t offset, int64_t rows, int64_t width, Sums, float* scratch);
   void (*moments_sampled_rows)(const Tensors&, int64_t width, Sampled, Sums, float* scratch);
   void (*moments_planes)(const Tensors&, const Geometry&, int64_t begin, int64_t end, Sums);
-  // Planes of the channels [begin, end) of one sample, the first at the offset `plane`.
-  void (*moments_sampled_planes)(const Tensors&, int64_t spatial, int64_t plane, int64_t begin, int64_t end, Sampled,
-                                 Sums);
+  // Of the channels [begin, end).
+  void (*moments_sampled_planes)(const Tensors&, int64_t spatial, int64_t begin, int64_t end, Sampled, Sums,
+                                 float* scratch);
   void (*forward_rows)(const Tensors&, const Channels&, int64_t offset, int64_t rows, int64_t width);
   void (*forward_planes)(const Tensors&, const Channels&, const Geometry&, int64_t begin, int64_t end);
   void (*backward_rows)(const Tensors&, const Channels&, Backward, int64_t offset, int64_t rows, int64_t width, Sums,
                         float* scratch);
   void (*backward_planes)(const Tensors&, const Channels&, Backward, const Geometry&, int64_t begin, int64_t end, Sums);
   void (*correct_rows)(const Tensors&, const Channels&, int64_t width, Sampled);
-  void (*correct_planes)(const Tensors&, const Channels&, int64_t spatial, int64_t plane, int64_t begin, int64_t end,
-                         Sampled);
+  void (*correct_planes)(const Tensors&, const Channels&, int64_t spatial, int64_t begin, int64_t end, Sampled);
 };
 
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
 namespace avx512 {
 extern const Kernels kernels;
 }

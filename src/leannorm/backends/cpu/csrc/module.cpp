@@ -5,7 +5,6 @@
 
 #include <stdexcept>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "driver.hpp"
@@ -17,19 +16,27 @@ using namespace nb::literals;
 namespace leannorm {
 namespace {
 
-using InstructionSet = std::pair<std::string, const Kernels*>;
+struct InstructionSet {
+  std::string name;
+  const Kernels *kernels, *bfloat16;
+
+  const Kernels& of(int dtype) const { return static_cast<Dtype>(dtype) == Dtype::bfloat16 ? *bfloat16 : *kernels; }
+};
 
 // Those of this machine, best first.
 std::vector<InstructionSet> instruction_sets() {
   std::vector<InstructionSet> found;
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    found.emplace_back("avx512", &avx512::kernels);
+      __builtin_cpu_supports("avx512dq")) {
+    if (__builtin_cpu_supports("avx512bf16"))
+      found.push_back({"avx512_bf16", &avx512::kernels, &avx512_bf16::kernels});
+    found.push_back({"avx512", &avx512::kernels, &avx512::kernels});
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    found.emplace_back("avx2", &avx2::kernels);
+    found.push_back({"avx2", &avx2::kernels, &avx2::kernels});
 #endif
-  found.emplace_back("portable", &portable::kernels);
+  found.push_back({"portable", &portable::kernels, &portable::kernels});
   return found;
 }
 
@@ -37,7 +44,7 @@ InstructionSet chosen = instruction_sets().front();
 
 void choose(const std::string& name) {
   for (const auto& set : instruction_sets())
-    if (set.first == name) {
+    if (set.name == name) {
       chosen = set;
       return;
     }
@@ -51,9 +58,8 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-void forward(int dtype, bool channels_last, int64_t channels, std::vector<int64_t> sizes, Address x, Address residual,
-             Address y, Address weight, Address bias, Address mean, Address var, Address draw,
-             std::vector<int64_t> boxes, std::vector<double> shares, double eps, int kind, float first, float second) {
+void forward(const Plan& plan, int dtype, Address x, Address residual, Address y, Address weight, Address bias,
+             Address mean, Address var, Address draw, double eps, int kind, float first, float second) {
   const Tensors tensors{.dtype = static_cast<Dtype>(dtype),
                         .activation = {static_cast<Kind>(kind), first, second},
                         .x = pointer<void>(x),
@@ -63,16 +69,13 @@ void forward(int dtype, bool channels_last, int64_t channels, std::vector<int64_
                         .out = pointer<void>(y),
                         .dresidual = nullptr,
                         .stream = false};
-  const Problem problem{tensors,          channels_last,     channels, std::move(sizes), pointer<int64_t>(draw),
-                        std::move(boxes), std::move(shares), pointer<float>(weight),     pointer<float>(bias),
-                        eps};
-  batch_norm(*chosen.second, problem, pointer<float>(mean), pointer<float>(var));
+  const Call call{tensors, pointer<int64_t>(draw), pointer<float>(weight), pointer<float>(bias), eps};
+  batch_norm(chosen.of(dtype), plan, call, pointer<float>(mean), pointer<float>(var));
 }
 
-void backward(int dtype, bool channels_last, int64_t channels, std::vector<int64_t> sizes, Address dy, Address x,
-              Address residual, Address y, Address dx, Address dresidual, Address weight, Address bias, Address mean,
-              Address var, Address sum_g_xhat, Address sum_g, Address draw, std::vector<int64_t> boxes,
-              std::vector<double> shares, double eps, int kind, float first, float second) {
+void backward(const Plan& plan, int dtype, Address dy, Address x, Address residual, Address y, Address dx,
+              Address dresidual, Address weight, Address bias, Address mean, Address var, Address sum_g_xhat,
+              Address sum_g, Address draw, double eps, int kind, float first, float second) {
   const Tensors tensors{.dtype = static_cast<Dtype>(dtype),
                         .activation = {static_cast<Kind>(kind), first, second},
                         .x = pointer<void>(x),
@@ -82,24 +85,27 @@ void backward(int dtype, bool channels_last, int64_t channels, std::vector<int64
                         .out = pointer<void>(dx),
                         .dresidual = pointer<void>(dresidual),
                         .stream = false};
-  const Problem problem{tensors,          channels_last,     channels, std::move(sizes), pointer<int64_t>(draw),
-                        std::move(boxes), std::move(shares), pointer<float>(weight),     pointer<float>(bias),
-                        eps};
-  batch_norm_backward(*chosen.second, problem, pointer<float>(mean), pointer<float>(var), pointer<float>(sum_g_xhat),
-                      pointer<float>(sum_g));
+  const Call call{tensors, pointer<int64_t>(draw), pointer<float>(weight), pointer<float>(bias), eps};
+  batch_norm_backward(chosen.of(dtype), plan, call, pointer<float>(mean), pointer<float>(var),
+                      pointer<float>(sum_g_xhat), pointer<float>(sum_g));
 }
 
 }  // namespace
 }  // namespace leannorm
 
 NB_MODULE(_kernels, m) {
-  m.def("batch_norm", &leannorm::forward, nb::call_guard<nb::gil_scoped_release>());
-  m.def("batch_norm_backward", &leannorm::backward, nb::call_guard<nb::gil_scoped_release>());
+  nb::set_leak_warnings(false);  // plans live in a cache until the process ends
+  using leannorm::Plan;
+  nb::class_<Plan>(m, "Plan")
+      .def(nb::init<bool, int64_t, std::vector<int64_t>, std::vector<int64_t>, std::vector<double>, bool>(),
+           "channels_last"_a, "channels"_a, "sizes"_a, "boxes"_a, "shares"_a, "drawn"_a)
+      .def("batch_norm", &leannorm::forward, nb::call_guard<nb::gil_scoped_release>())
+      .def("batch_norm_backward", &leannorm::backward, nb::call_guard<nb::gil_scoped_release>());
   m.def("instruction_sets", [] {
     std::vector<std::string> names;
-    for (const auto& set : leannorm::instruction_sets()) names.push_back(set.first);
+    for (const auto& set : leannorm::instruction_sets()) names.push_back(set.name);
     return names;
   });
-  m.def("instruction_set", [] { return leannorm::chosen.first; });
+  m.def("instruction_set", [] { return leannorm::chosen.name; });
   m.def("use_instruction_set", &leannorm::choose, "name"_a);
 }

@@ -28,9 +28,10 @@ class Merge {
   double inverse_count_, inverse_block_, block_, between_;
 };
 
-// Rows at row(r), with weight(r).
-template <class T, class Row, class Weight>
-void moments_of_rows(int64_t rows, int64_t width, Row row, Weight weight, Sums totals, float* scratch) {
+// Rows at row(r), with weight(r), in blocks [first, last) that prepare makes ready.
+template <class T, class Prepare, class Row, class Weight>
+void moments_of_rows(int64_t rows, int64_t width, Prepare prepare, Row row, Weight weight, Sums totals,
+                     float* scratch) {
   const int64_t part = scratch_size(width) / 3;
   float *centre = scratch, *sum = scratch + part, *square = scratch + 2 * part;
   const int64_t block = width > 1024 ? kBlockRows / 4 : kBlockRows;
@@ -38,35 +39,33 @@ void moments_of_rows(int64_t rows, int64_t width, Row row, Weight weight, Sums t
   double count = 0;
   for (int64_t first = 0; first < rows; first += block) {
     const int64_t last = rows < first + block ? rows : first + block;
+    prepare(first, last);
     float block_count = 0;
     for (int64_t r = first; r < last; ++r) block_count += weight(r);
     const float share = 1.0f / block_count;
     clear(scratch, 3 * part);
-    int64_t r = first;
-    for (; r + 2 <= last; r += 2) {
-      const auto *a = row(r), *b = row(r + 1);
-      const float weight_a = weight(r) * share, weight_b = weight(r + 1) * share;
+    each_rows(first, last, [&](int64_t r, auto rows) {
       each_vector(width, [&](int64_t i, auto lanes) {
-        const Vec added = weight_a * load<T>(a + i, lanes) + weight_b * load<T>(b + i, lanes);
+        Vec added{};
+#pragma GCC unroll kRows
+        for (int k = 0; k < rows.value; ++k) added += (weight(r + k) * share) * load<T>(row(r + k) + i, lanes);
         store<Float32>(centre + i, lane(centre, i) + added, All{});
       });
-    }
-    for (; r < last; ++r) {
-      const auto* a = row(r);
-      const float weight_a = weight(r) * share;
+    });
+    each_rows(first, last, [&](int64_t r, auto rows) {
       each_vector(width, [&](int64_t i, auto lanes) {
-        store<Float32>(centre + i, lane(centre, i) + weight_a * load<T>(a + i, lanes), All{});
+        const Vec middle = lane(centre, i);
+        Vec added = lane(sum, i), squares = lane(square, i);
+#pragma GCC unroll kRows
+        for (int k = 0; k < rows.value; ++k) {
+          const Vec centred = load<T>(row(r + k) + i, lanes) - middle, weighted = weight(r + k) * centred;
+          added += weighted;
+          squares += weighted * centred;
+        }
+        store<Float32>(sum + i, added, All{});
+        store<Float32>(square + i, squares, All{});
       });
-    }
-    for (r = first; r < last; ++r) {
-      const auto* a = row(r);
-      const float weight_a = weight(r);
-      each_vector(width, [&](int64_t i, auto lanes) {
-        const Vec centred = load<T>(a + i, lanes) - lane(centre, i), weighted = weight_a * centred;
-        store<Float32>(sum + i, lane(sum, i) + weighted, All{});
-        store<Float32>(square + i, lane(square, i) + weighted * centred, All{});
-      });
-    }
+    });
     const Merge merge(count, block_count);
     for (int64_t i = 0; i < width; ++i) merge(totals.first[i], totals.second[i], centre[i], sum[i], square[i]);
     count += block_count;
@@ -76,39 +75,52 @@ void moments_of_rows(int64_t rows, int64_t width, Row row, Weight weight, Sums t
 void moments_rows(const Tensors& t, int64_t offset, int64_t rows, int64_t width, Sums totals, float* scratch) {
   with_dtype(t.dtype, [&]<class T>(T) {
     const auto row = [&](int64_t r) { return at<T>(t.x, offset + r * width); };
-    moments_of_rows<T>(rows, width, row, [](int64_t) { return 1.0f; }, totals, scratch);
+    moments_of_rows<T>(rows, width, [](int64_t, int64_t) {}, row, [](int64_t) { return 1.0f; }, totals, scratch);
   });
 }
 
 void moments_sampled_rows(const Tensors& t, int64_t width, Sampled sampled, Sums totals, float* scratch) {
   with_dtype(t.dtype, [&]<class T>(T) {
-    const auto row = [&](int64_t r) { return at<T>(t.x, sampled.positions[r] * width); };
+    const auto row = [&](int64_t r) { return at<T>(t.x, sampled.offsets[r]); };
     const auto weight = [&](int64_t r) { return sampled.weights[r]; };
-    moments_of_rows<T>(sampled.count, width, row, weight, totals, scratch);
+    moments_of_rows<T>(sampled.count, width, [](int64_t, int64_t) {}, row, weight, totals, scratch);
   });
 }
 
-// Elements value(i, lanes), with weight(i, lanes), which is 0 in lanes that are not there.
-template <class Value, class Weight>
-void moments_of_elements(int64_t length, Value value, Weight weight, double& sum, double& square) {
+void moments_sampled_planes(const Tensors& t, int64_t spatial, int64_t begin, int64_t end, Sampled sampled,
+                            Sums totals, float* scratch) {
+  with_dtype(t.dtype, [&]<class T>(T) {
+    const auto weight = [&](int64_t r) { return sampled.weights[r]; };
+    typename T::Scalar rows[kBlockRows * kColumns];
+    each_columns(begin, end, [&](int64_t channel, int64_t width) {
+      int64_t start = 0;
+      const auto prepare = [&](int64_t first, int64_t last) {
+        start = first;
+        gather(at<T>(t.x, channel * spatial), sampled.offsets + first, last - first, spatial, width, rows);
+      };
+      const auto row = [&](int64_t r) { return rows + (r - start) * width; };
+      const Sums sums{totals.first + channel, totals.second + channel};
+      moments_of_rows<T>(sampled.count, width, prepare, row, weight, sums, scratch);
+    });
+  });
+}
+
+// Elements value(i, lanes).
+template <class Value>
+void moments_of_elements(int64_t length, Value value, double& sum, double& square) {
   double count = 0;
   for (int64_t first = 0; first < length; first += kBlock) {
     const int64_t n = length - first < kBlock ? length - first : kBlock;
-    Vec counts{}, sums{}, centred_sums{}, squares{};
-    each_vector(n, [&](int64_t i, auto lanes) {
-      const Vec w = weight(first + i, lanes);
-      counts += w;
-      sums += w * value(first + i, lanes);
+    SlotSums sums, centred_sums, squares;
+    each_vector_in_slots(n, [&](int64_t i, auto lanes, int slot) { sums.parts[slot] += value(first + i, lanes); });
+    const float centre = sum_of(sums.total()) / static_cast<float>(n);
+    each_vector_in_slots(n, [&](int64_t i, auto lanes, int slot) {
+      const Vec centred = keep_first(value(first + i, lanes) - centre, lanes);
+      centred_sums.parts[slot] += centred;
+      squares.parts[slot] += centred * centred;
     });
-    const double block_count = sum_of(counts);
-    const float centre = static_cast<float>(sum_of(sums) / block_count);
-    each_vector(n, [&](int64_t i, auto lanes) {
-      const Vec centred = value(first + i, lanes) - centre, weighted = weight(first + i, lanes) * centred;
-      centred_sums += weighted;
-      squares += weighted * centred;
-    });
-    Merge(count, block_count)(sum, square, centre, sum_of(centred_sums), sum_of(squares));
-    count += block_count;
+    Merge(count, static_cast<double>(n))(sum, square, centre, sum_of(centred_sums.total()), sum_of(squares.total()));
+    count += static_cast<double>(n);
   }
 }
 
@@ -117,21 +129,8 @@ void moments_planes(const Tensors& t, const Geometry& geometry, int64_t begin, i
     each_piece(geometry, begin, end, [&](Piece piece) {
       const auto* x = at<T>(t.x, piece.offset);
       const auto value = [&](int64_t i, auto lanes) { return load<T>(x + i, lanes); };
-      const auto weight = [&](int64_t, auto lanes) { return keep_first(broadcast(1.0f), lanes); };
-      moments_of_elements(piece.length, value, weight, totals.first[piece.sums], totals.second[piece.sums]);
+      moments_of_elements(piece.length, value, totals.first[piece.sums], totals.second[piece.sums]);
     });
-  });
-}
-
-void moments_sampled_planes(const Tensors& t, int64_t spatial, int64_t plane, int64_t begin, int64_t end,
-                            Sampled sampled, Sums totals) {
-  with_dtype(t.dtype, [&]<class T>(T) {
-    for (int64_t channel = begin; channel < end; ++channel, plane += spatial) {
-      const auto* x = at<T>(t.x, plane);
-      const auto value = [&](int64_t i, auto lanes) { return gather<T>(x, sampled.positions + i, lanes); };
-      const auto weight = [&](int64_t i, auto lanes) { return load<Float32>(sampled.weights + i, lanes); };
-      moments_of_elements(sampled.count, value, weight, totals.first[channel], totals.second[channel]);
-    }
   });
 }
 

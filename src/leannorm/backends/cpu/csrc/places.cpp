@@ -44,31 +44,18 @@ Places::Places(const std::vector<int64_t>& sizes, const int64_t* draw, const std
   for (const Place& place : places) largest = std::max(largest, place.weight);
   if (shares.size() > 1)
     std::sort(places.begin(), places.end(), [](const Place& a, const Place& b) { return a.position < b.position; });
-  const int64_t samples = sizes[0];
-  const int64_t per_sample = std::accumulate(sizes.begin() + 1, sizes.end(), int64_t{1}, std::multiplies<>());
-  positions.reserve(places.size());
+  offsets.reserve(places.size());
   weights.reserve(places.size());
   for (const Place& place : places) {
     const auto weight = static_cast<float>(place.weight / largest);
-    if (!positions.empty() && positions.back() == place.position) {
+    if (!offsets.empty() && offsets.back() == place.position) {
       weights.back() += weight;
     } else {
-      positions.push_back(place.position);
+      offsets.push_back(place.position);
       weights.push_back(weight);
     }
   }
-  first.resize(samples + 1);
-  counts.resize(samples);
-  for (int64_t n = 0; n <= samples; ++n)
-    first[n] = std::lower_bound(positions.begin(), positions.end(), n * per_sample) - positions.begin();
-  for (int64_t n = 0; n < samples; ++n)
-    counts[n] = std::accumulate(weights.begin() + first[n], weights.begin() + first[n + 1], 0.0);
-  count = std::accumulate(counts.begin(), counts.end(), 0.0);
-}
-
-void Places::within_samples(int64_t per_sample) {
-  for (size_t n = 0; n < counts.size(); ++n)
-    for (int64_t i = first[n]; i < first[n + 1]; ++i) positions[i] -= static_cast<int64_t>(n) * per_sample;
+  count = std::accumulate(weights.begin(), weights.end(), 0.0);
 }
 
 }  // namespace leannorm

@@ -41,6 +41,17 @@ inline float sum_of(Vec v) {
 #endif
 }
 
+// The larger one; NaN if v is NaN.
+inline Vec at_least(float bound, Vec v) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_max_ps((__m512)broadcast(bound), (__m512)v);
+#elif defined(__AVX__)
+  return (Vec)_mm256_max_ps((__m256)broadcast(bound), (__m256)v);
+#else
+  return bound > v ? broadcast(bound) : v;
+#endif
+}
+
 // A storage type: its 16-bit patterns or floats to and from float32 lanes.
 
 struct Float32 {
@@ -55,9 +66,13 @@ struct BFloat16 {
   using Packed = Half;
   static Vec unpack(Packed p) { return float_of(__builtin_convertvector(p, Bits) << 16); }
   static Packed pack(Vec v) {
+#if defined(__AVX512BF16__)
+    return (Half)_mm512_cvtneps_pbh((__m512)v);  // takes subnormal numbers for zero
+#else
     const Bits bits = bits_of(v);
     const Bits rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
     return __builtin_convertvector(v == v ? rounded : Bits{} + 0x7FC0, Half);
+#endif
   }
 };
 
@@ -170,27 +185,6 @@ void stream(typename T::Scalar* p, Vec v) {
 #endif
 }
 
-// Elements at ascending positions, which often are neighbours.
-
-inline bool adjacent(const int64_t* positions, int count) { return positions[count - 1] - positions[0] == count - 1; }
-
-template <class T, class Lanes>
-Vec gather(const typename T::Scalar* p, const int64_t* positions, Lanes lanes) {
-  if (adjacent(positions, lanes.count)) return load<T>(p + positions[0], lanes);
-  typename T::Packed packed{};
-  for (int l = 0; l < kLanes; ++l)
-    if (l < lanes.count) packed[l] = p[positions[l]];
-  return T::unpack(packed);
-}
-
-template <class T, class Lanes>
-void scatter(typename T::Scalar* p, const int64_t* positions, Vec v, Lanes lanes) {
-  if (adjacent(positions, lanes.count)) return store<T>(p + positions[0], v, lanes);
-  typename T::Scalar values[kLanes];
-  store<T>(values, v, All{});
-  for (int l = 0; l < lanes.count; ++l) p[positions[l]] = values[l];
-}
-
 // Calls body(i, lanes) for the vectors of [0, n).
 template <class Body>
 inline __attribute__((always_inline)) void each_vector(int64_t n, Body body) {
@@ -198,5 +192,25 @@ inline __attribute__((always_inline)) void each_vector(int64_t n, Body body) {
   for (; i + kLanes <= n; i += kLanes) body(i, All{});
   if (i < n) body(i, Some{static_cast<int>(n - i)});
 }
+
+// Calls body(i, lanes, slot) likewise. What is added up in a sum a slot does not wait for the addition before.
+constexpr int kSlots = 4;
+
+template <class Body>
+inline __attribute__((always_inline)) void each_vector_in_slots(int64_t n, Body body) {
+  constexpr int64_t kTurn = kSlots * kLanes;
+  int64_t i = 0;
+  for (; i + kTurn <= n; i += kTurn) {
+#pragma GCC unroll kSlots
+    for (int slot = 0; slot < kSlots; ++slot) body(i + slot * kLanes, All{}, slot);
+  }
+  each_vector(n - i, [&](int64_t k, auto lanes) { body(i + k, lanes, 0); });
+}
+
+// A sum in as many parts as there are slots.
+struct SlotSums {
+  Vec parts[kSlots]{};
+  Vec total() const { return (parts[0] + parts[1]) + (parts[2] + parts[3]); }
+};
 
 }  // namespace leannorm::LEANNORM_ISA

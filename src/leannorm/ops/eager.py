@@ -1,0 +1,34 @@
+"""Operators called by their kernels where nothing watches: the dispatcher costs more than a small layer's kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leannorm.ops.contract import library
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_kernels: dict[tuple[str, str], Callable[..., Any]] = {}
+
+# PyTorch names none of these publicly. Without one of them every call goes through the dispatcher.
+_WATCHERS = ("_len_torch_dispatch_stack", "_are_functorch_transforms_active", "_get_tracing_state")
+_watchers: list[Callable[[], Any]] = [getattr(torch._C, name) for name in _WATCHERS if hasattr(torch._C, name)]
+_known = len(_watchers) == len(_WATCHERS)
+
+
+def register(name: str, function: Callable[..., Any], device: str) -> None:
+    """Make ``function`` the kernel of an operator of `leannorm.ops.contract` for a type of device."""
+    library.impl(name, function, device.upper())
+    _kernels[name, device] = function
+
+
+def kernel(name: str, x: Tensor) -> Callable[..., Any] | None:
+    """Give the kernel of an operator for x, an ordinary tensor that is not traced, compiled, transformed or seen by a
+    dispatch mode; None where the call must go through the dispatcher.
+    """
+    if not _known or type(x) not in _PLAIN or torch.compiler.is_compiling() or any(watches() for watches in _watchers):
+        return None
+    return _kernels.get((name, x.device.type))
