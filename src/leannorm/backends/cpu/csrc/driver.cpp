@@ -1,7 +1,6 @@
 #include "driver.hpp"
 
 #include <omp.h>
-#include <cstdlib>
 
 #include <algorithm>
 #include <cmath>
@@ -17,7 +16,7 @@ constexpr int64_t kSerial = 1 << 14;       // elements below which a second thre
 constexpr int64_t kPiece = 1 << 16;        // elements of a plane that are one unit of work
 constexpr int64_t kWidth = 256;            // lanes that a row should have at least
 constexpr int64_t kChunk = 1 << 15;        // elements that are one step of a thread
-constexpr int64_t kCacheBytes = 24 << 20;  // outputs beyond this are written around the caches
+constexpr int64_t kCacheBytes = 32 << 20;  // a call that touches more writes around the caches
 
 int64_t product(const std::vector<int64_t>& sizes) {
   return std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, std::multiplies<>());
@@ -151,11 +150,11 @@ Partials moments_of_places(const Kernels& kernels, const Tensors& t, const Layou
   Partials parts(layout.rows ? threads : 1, layout.channels);
   parallel(threads, [&](int thread) {
     if (!layout.rows) {
-      std::vector<float> scratch(scratch_size(kWidth));
+      const Sums sums = parts.at(0);
       const auto [begin, end] = share_of(layout.channels, thread, threads);
-      kernels.moments_sampled_planes(t, layout.spatial, begin, end, places.of_range(0, places.size()), parts.at(0),
-                                     scratch.data());
-      return;
+      if (!places.runs.empty()) return kernels.moments_of_runs(t, layout.spatial, begin, end, places.all_runs(), sums);
+      std::vector<float> scratch(scratch_size(kWidth));
+      return kernels.moments_sampled_planes(t, layout.spatial, begin, end, places.all(), sums, scratch.data());
     }
     std::vector<float> scratch(scratch_size(layout.channels));
     const auto [begin, end] = share_of(places.size(), thread, threads);
@@ -210,10 +209,9 @@ bool lines_are_whole(const Layout& layout, const void* p, int64_t bytes) {
 
 Tensors with_streaming(Tensors t, const Layout& layout) {
   const int64_t bytes = size_of(t.dtype);
-  static const int64_t limit = getenv("LN_LIMIT") ? atoll(getenv("LN_LIMIT")) << 20 : kCacheBytes;
-  static const int streams = getenv("LN_STREAMS") ? 1 : 0;
-  int64_t n = streams ? 2 + (t.dy ? 1 : 0) + (t.residual ? 1 : 0) + (t.y ? 1 : 0) + (t.dresidual ? 1 : 0) : 1;
-  t.stream = n * layout.elements() * bytes > limit && lines_are_whole(layout, t.out, bytes) &&
+  const void* all[] = {t.x, t.dy, t.residual, t.y, t.out, t.dresidual};
+  const int64_t streams = std::count_if(std::begin(all), std::end(all), [](const void* p) { return p != nullptr; });
+  t.stream = streams * layout.elements() * bytes > kCacheBytes && lines_are_whole(layout, t.out, bytes) &&
              lines_are_whole(layout, t.dresidual, bytes);
   return t;
 }
@@ -260,7 +258,8 @@ void correct(const Kernels& kernels, const Tensors& t, const Layout& layout, con
       kernels.correct_rows(t, channels, layout.channels, places.of_range(begin, end));
     } else {
       const auto [begin, end] = share_of(layout.channels, thread, threads);
-      kernels.correct_planes(t, channels, layout.spatial, begin, end, places.of_range(0, places.size()));
+      if (places.runs.empty()) kernels.correct_planes(t, channels, layout.spatial, begin, end, places.all());
+      else kernels.correct_runs(t, channels, layout.spatial, begin, end, places.all_runs());
     }
   });
 }

@@ -284,11 +284,24 @@ void correct_planes(const Tensors& t, const Channels& channels, int64_t spatial,
   });
 }
 
+void correct_runs(const Tensors& t, const Channels& channels, int64_t spatial, int64_t begin, int64_t end,
+                  Runs sampled) {
+  with_gradient(t, [&]<class T, bool kExtra>(auto act) {
+    PlaneSums unused;
+    for (int64_t channel = begin; channel < end; ++channel) {
+      const auto point = point_of(channels, channel);
+      for (int64_t r = 0; r < sampled.count; ++r)
+        backward<T, Backward::exact, kExtra>(t, act, point, channel * spatial + sampled.runs[r].offset,
+                                             sampled.runs[r].length, Constant<1>{}, unused);
+    }
+  });
+}
+
 }  // namespace
 
 const Kernels kernels = {
-    moments_rows,   moments_sampled_rows, moments_planes,  moments_sampled_planes, forward_rows,
-    forward_planes, backward_rows,        backward_planes, correct_rows,           correct_planes,
+    moments_rows,   moments_sampled_rows, moments_planes, moments_sampled_planes, moments_of_runs, forward_rows,
+    forward_planes, backward_rows,        backward_planes, correct_rows,          correct_planes,  correct_runs,
 };
 
 }  // namespace leannorm::LEANNORM_ISA

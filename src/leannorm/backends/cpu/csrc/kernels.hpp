@@ -59,6 +59,15 @@ struct Sampled {
   int64_t count;
 };
 
+// Positions of weight 1 that lie side by side.
+struct Run {
+  int64_t offset, length;
+};
+struct Runs {
+  const Run* runs;
+  int64_t count;
+};
+
 // Floats of scratch for rows of a width.
 constexpr int64_t scratch_size(int64_t width) { return 3 * (width + 64); }
 
@@ -70,6 +79,7 @@ struct Kernels {
   // Of the channels [begin, end).
   void (*moments_sampled_planes)(const Tensors&, int64_t spatial, int64_t begin, int64_t end, Sampled, Sums,
                                  float* scratch);
+  void (*moments_of_runs)(const Tensors&, int64_t spatial, int64_t begin, int64_t end, Runs, Sums);
   void (*forward_rows)(const Tensors&, const Channels&, int64_t offset, int64_t rows, int64_t width);
   void (*forward_planes)(const Tensors&, const Channels&, const Geometry&, int64_t begin, int64_t end);
   void (*backward_rows)(const Tensors&, const Channels&, Backward, int64_t offset, int64_t rows, int64_t width, Sums,
@@ -77,6 +87,7 @@ struct Kernels {
   void (*backward_planes)(const Tensors&, const Channels&, Backward, const Geometry&, int64_t begin, int64_t end, Sums);
   void (*correct_rows)(const Tensors&, const Channels&, int64_t width, Sampled);
   void (*correct_planes)(const Tensors&, const Channels&, int64_t spatial, int64_t begin, int64_t end, Sampled);
+  void (*correct_runs)(const Tensors&, const Channels&, int64_t spatial, int64_t begin, int64_t end, Runs);
 };
 
 namespace avx512_bf16 {

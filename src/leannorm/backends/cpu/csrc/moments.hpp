@@ -105,32 +105,67 @@ void moments_sampled_planes(const Tensors& t, int64_t spatial, int64_t begin, in
   });
 }
 
-// Elements value(i, lanes).
-template <class Value>
-void moments_of_elements(int64_t length, Value value, double& sum, double& square) {
-  double count = 0;
-  for (int64_t first = 0; first < length; first += kBlock) {
-    const int64_t n = length - first < kBlock ? length - first : kBlock;
+// Blocks of at most kBlock elements value(i, lanes), one after another.
+class MomentsOfElements {
+ public:
+  MomentsOfElements(double& sum, double& square) : sum_(sum), square_(square) {}
+
+  template <class Value>
+  void add(int64_t n, Value value) {
     SlotSums sums, centred_sums, squares;
-    each_vector_in_slots(n, [&](int64_t i, auto lanes, int slot) { sums.parts[slot] += value(first + i, lanes); });
+    each_vector_in_slots(n, [&](int64_t i, auto lanes, int slot) { sums.parts[slot] += value(i, lanes); });
     const float centre = sum_of(sums.total()) / static_cast<float>(n);
     each_vector_in_slots(n, [&](int64_t i, auto lanes, int slot) {
-      const Vec centred = keep_first(value(first + i, lanes) - centre, lanes);
+      const Vec centred = keep_first(value(i, lanes) - centre, lanes);
       centred_sums.parts[slot] += centred;
       squares.parts[slot] += centred * centred;
     });
-    Merge(count, static_cast<double>(n))(sum, square, centre, sum_of(centred_sums.total()), sum_of(squares.total()));
-    count += static_cast<double>(n);
+    const Merge merge(count_, static_cast<double>(n));
+    merge(sum_, square_, centre, sum_of(centred_sums.total()), sum_of(squares.total()));
+    count_ += static_cast<double>(n);
   }
-}
+
+ private:
+  double& sum_;
+  double& square_;
+  double count_ = 0;
+};
 
 void moments_planes(const Tensors& t, const Geometry& geometry, int64_t begin, int64_t end, Sums totals) {
   with_dtype(t.dtype, [&]<class T>(T) {
     each_piece(geometry, begin, end, [&](Piece piece) {
-      const auto* x = at<T>(t.x, piece.offset);
-      const auto value = [&](int64_t i, auto lanes) { return load<T>(x + i, lanes); };
-      moments_of_elements(piece.length, value, totals.first[piece.sums], totals.second[piece.sums]);
+      MomentsOfElements moments(totals.first[piece.sums], totals.second[piece.sums]);
+      for (int64_t first = 0; first < piece.length; first += kBlock) {
+        const auto* x = at<T>(t.x, piece.offset + first);
+        moments.add(piece.length - first < kBlock ? piece.length - first : kBlock,
+                    [&](int64_t i, auto lanes) { return load<T>(x + i, lanes); });
+      }
     });
+  });
+}
+
+void moments_of_runs(const Tensors& t, int64_t spatial, int64_t begin, int64_t end, Runs sampled, Sums totals) {
+  with_dtype(t.dtype, [&]<class T>(T) {
+    typename T::Scalar block[kBlock];  // runs, side by side
+    for (int64_t channel = begin; channel < end; ++channel) {
+      MomentsOfElements moments(totals.first[channel], totals.second[channel]);
+      const auto* plane = at<T>(t.x, channel * spatial);
+      int64_t filled = 0;
+      const auto flush = [&] {
+        if (filled) moments.add(filled, [&](int64_t i, auto lanes) { return load<T>(block + i, lanes); });
+        filled = 0;
+      };
+      for (int64_t r = 0; r < sampled.count; ++r) {
+        const auto [offset, length] = sampled.runs[r];
+        for (int64_t first = 0, n; first < length; first += n) {
+          n = length - first < kBlock ? length - first : kBlock;
+          if (filled + n > kBlock) flush();
+          std::memcpy(block + filled, plane + offset + first, n * sizeof *block);
+          filled += n;
+        }
+      }
+      flush();
+    }
   });
 }
 

@@ -58,4 +58,17 @@ Places::Places(const std::vector<int64_t>& sizes, const int64_t* draw, const std
   count = std::accumulate(weights.begin(), weights.end(), 0.0);
 }
 
+void Places::find_runs() {
+  constexpr size_t kLong = 8;  // positions in a run, on the average
+  if (std::any_of(weights.begin(), weights.end(), [](float weight) { return weight != 1; })) return;
+  for (const int64_t offset : offsets) {
+    if (!runs.empty() && offset == runs.back().offset + runs.back().length) {
+      ++runs.back().length;
+    } else {
+      runs.push_back({offset, 1});
+    }
+  }
+  if (offsets.size() < kLong * runs.size()) runs.clear();
+}
+
 }  // namespace leannorm
