@@ -17,7 +17,7 @@ from leannorm.backends.activated_convolution import Convolution, activated
 from leannorm.backends.sampled_windows import Window, windows
 from leannorm.ops import definition
 from leannorm.ops.contract import accumulation_dtype, library, takes_output
-from leannorm.ops.conv_batch_norm import convolution, memory_format
+from leannorm.ops.conv_batch_norm import convolution, memory_format, sampled_elements
 from leannorm.ops.definition import per_channel, reduced_dimensions
 
 
@@ -36,10 +36,12 @@ def pooled(samples: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor,
     pairs = [torch.var_mean(sample.to(dtype), 0, correction=0) for sample in samples]
     if len(pairs) == 1:
         return pairs[0][1], pairs[0][0]
-    shares = torch.tensor(list(weights), dtype=dtype, device=samples[0].device)[:, None]
-    variances, means = (torch.stack(moments) for moments in zip(*pairs, strict=True))
-    mean = (shares * means).sum(0)
-    return mean, (shares * (variances + (means - mean) ** 2)).sum(0)
+    mean, var = torch.zeros_like(pairs[0][1]), torch.zeros_like(pairs[0][0])
+    for weight, (_, one) in zip(weights, pairs, strict=True):
+        mean += weight * one
+    for weight, (within, one) in zip(weights, pairs, strict=True):
+        var += weight * (within + (one - mean) ** 2)
+    return mean, var
 
 
 def _scale(var: Tensor, gamma: Tensor | None, eps: float) -> Tensor:
@@ -101,46 +103,52 @@ def _conv_batch_norm_backward(
     scaled = _scaled(weight, scale, x.dtype)
 
     indices = list(definition.indices(g, draw, boxes, read_draw=_on_host(g)))
+    counts = sampled_elements(boxes, g.ndim - 1)
+    shares = [weight / count for weight, count in zip(weights, counts, strict=True)]  # of each sampled element
     before = [g[index].clone() for index in indices] if residual_gradient else []
     sum_of_centred = sum_g
-    for index, share in zip(indices, weights, strict=True):
-        part = g[index].to(mean.dtype)
-        elements = part.numel() // part.shape[1]
-        rounded = (part - per_channel(sum_g * (share / elements), part)).to(g.dtype)
+    for index, share in zip(indices, shares, strict=True):
         # the sum is zero but for rounding, which a large mean makes felt
-        sum_of_centred = sum_of_centred + (rounded.to(mean.dtype) - part).sum(reduced_dimensions(part))
-        g[index] = rounded
+        sum_of_centred = sum_of_centred - _subtract(g, index, per_channel(share * sum_g, g))
     centred = _filters_gradient(g, x, scaled, settings).to(mean.dtype)
     product = (weight.to(mean.dtype) * centred).flatten(1).sum(1)
     sum_g_xhat = (product - mean * sum_of_centred) * rstd
 
+    correlation = torch.zeros_like(centred)
     taken = windows(x, weight.shape[2:], settings, draw, boxes, read_draw=_on_host(x))
-    first, correlation = 0, torch.zeros_like(centred)
-    for index, share, window in zip(indices, weights, taken, strict=True):
-        part = g[index].to(mean.dtype)
-        elements = part.numel() // part.shape[1]
-        xhat = (sample[first : first + elements].to(mean.dtype) - mean) * rstd
-        xhat = xhat.view(part.shape[0], *part.shape[2:], -1).movedim(-1, 1)
-        first += elements
-        g[index] = part - xhat * per_channel(sum_g_xhat * (share / elements), part)
-        # divided by the root of m twice, so that no dtype overflows or loses bits
-        unit = (xhat / math.sqrt(elements)).to(x.dtype)
+    parts = ((sample.to(mean.dtype) - mean) * rstd).split(counts)
+    for index, share, window, xhat in zip(indices, shares, taken, parts, strict=True):
+        shape = g[index].movedim(1, -1).shape
+        xhat = xhat.view(shape).movedim(-1, 1)
+        _subtract(g, index, xhat * per_channel(share * sum_g_xhat, g))
+        # the root of the count is in both factors, so that no dtype overflows or loses bits
+        root = math.sqrt(xhat.numel() // xhat.shape[1])
         places = Convolution(window.stride, window.padding, window.dilation, groups)
-        correlation += (share / math.sqrt(elements)) * _filters_gradient(unit, window.crop, scaled, places).to(
-            mean.dtype
-        )
+        found = _filters_gradient((xhat / root).to(x.dtype), window.crop, scaled, places)
+        correlation += share * root * found.to(mean.dtype)
     rows = (-1, *(1,) * (weight.ndim - 1))
     dweight = scale.view(rows) * (centred - sum_g_xhat.view(rows) * correlation)
     dx = _input_gradient(g, x, scaled, settings) if input_gradient else x.new_empty(0)
-    for index, part in zip(indices, before, strict=residual_gradient):
+    for index, part in zip(indices, before, strict=False):
         g[index] = part
     return (
-        dx if dx.stride() == x.stride() or not input_gradient else torch.empty_like(x).copy_(dx),
+        dx if not input_gradient or _in_order(dx, x) else torch.empty_like(x).copy_(dx),
         torch.empty_like(weight).copy_(dweight),
         sum_g_xhat,
         sum_g,
         g if residual_gradient else x.new_empty(0),
     )
+
+
+def _in_order(dx: Tensor, x: Tensor) -> bool:
+    return dx.stride() == torch.empty_like(x, device="meta").stride()
+
+
+def _subtract(g: Tensor, index: definition.Index, value: Tensor) -> Tensor:
+    """Subtract a value from a part of g; give the sum of what that took away, a channel, as it was rounded."""
+    part = g[index].to(value.dtype, copy=True)
+    g[index] = (part - value).to(g.dtype)
+    return (part - g[index].to(value.dtype)).sum(reduced_dimensions(part))
 
 
 def _filters_gradient(g: Tensor, x: Tensor, weight: Tensor, settings: Convolution) -> Tensor:

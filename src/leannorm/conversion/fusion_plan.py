@@ -133,9 +133,9 @@ class Plan:
             layer, found = modules[str(call.target)], Match(call)
             if self._tail(layer) is not None:
                 found = match(call, modules, taken)
-            if isinstance(layer, SampledBatchNorm) and not (isinstance(found, Match) and found.steps):
-                alone[layer] = found if isinstance(found, str) else None
-            found = self._with_convolution(layer, found if isinstance(found, Match) else Match(call), modules)
+                if isinstance(layer, SampledBatchNorm) and (isinstance(found, str) or not found.steps):
+                    alone[layer] = found if isinstance(found, str) else None
+            found = self._with_convolution(layer, Match(call) if isinstance(found, str) else found, modules)
             if found.steps or found.convolution is not None:
                 matches.append(found)
                 taken.update(found.nodes)
@@ -146,7 +146,7 @@ class Plan:
         if not self._may_fold(layer):
             return found
         before = convolution_before(found.call, modules)
-        if isinstance(before, fx.Node) and not reads_late(before, found.last):
+        if isinstance(before, fx.Node) and not reads_late(before, found.nodes):
             before = "its convolution's input is used until the layer's last step"
         folds = self._fold(layer, before if isinstance(before, str) else None)
         return dataclasses.replace(found, convolution=before) if folds and isinstance(before, fx.Node) else found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
@@ -65,14 +66,24 @@ def convolution_before(call: fx.Node, modules: Mapping[str, nn.Module]) -> fx.No
     return value
 
 
-def reads_late(convolution: fx.Node, last: fx.Node) -> bool:
-    """Whether a convolution computed at a later node still finds its input: nothing else takes it in between."""
-    node, own = convolution.next, convolution.args[0]
-    while node is not last:
-        if own in node.all_input_nodes:
+def reads_late(convolution: fx.Node, steps: tuple[fx.Node, ...]) -> bool:
+    """Whether a convolution computed with the last step still finds its input: nothing may change it in between."""
+    node = convolution.next
+    while steps and node is not steps[-1]:
+        if convolution.args[0] in node.all_input_nodes and node not in steps and not _only_reads(node):
             return False
         node = node.next
     return True
+
+
+def _only_reads(node: fx.Node) -> bool:
+    """Whether a node surely leaves its arguments as they are; a module or a function of others may not."""
+    if node.op == "call_method":
+        return not str(node.target).endswith("_")
+    if node.op != "call_function" or not isinstance(node.target, BuiltinFunctionType) or "out" in node.kwargs:
+        return False
+    name = node.target.__name__
+    return not (name.endswith("_") or (name.startswith("i") and hasattr(operator, name[1:])))
 
 
 def match(call: fx.Node, modules: Mapping[str, nn.Module], taken: Set[fx.Node]) -> Match | str:
