@@ -77,7 +77,11 @@ def tune(
         path.parent.mkdir(parents=True, exist_ok=True)
         records.write(path, TuningPlan(tuple(known[name] for name in sorted(known))))
     notes = {layer: _choose(layer, timed) for layer, timed in chosen.items()}
-    named = {name: notes[layer] for name, layer in model.named_modules() if layer in notes}
+    named = {
+        name: notes[layer]
+        for name, layer in model.named_modules()
+        if isinstance(layer, SampledBatchNorm) and layer in notes
+    }
     changes = [_with_times(change, named.get(change.module)) for change in report.changes]
     return model, TransformReport(tuple(changes), report.refusals)
 
