@@ -72,6 +72,7 @@ CONV_CASES = (
     ConvCase("3d channels last", (2, 4, 5, 6, 5), stride=2, layout="channels_last"),
     ConvCase("linear", (24, 5)),
     ConvCase("far mean", (4, 4, 8, 8), padding=0, offset=100.0),
+    ConvCase("very far mean", (4, 4, 8, 8), padding=0, offset=1e4),
 )
 
 

@@ -106,6 +106,8 @@ ROUNDED = [case for case in CONV_CASES if "wide" not in case.name]
 def test_error_is_at_most_twice_torchs(case, activation, residual, dtype):
     if case.name.startswith("3d") and dtype == torch.float16:
         pytest.skip("torch's convolution of float16 in 3d is a matter of seconds")
+    if case.offset > 100 and dtype != torch.float32:
+        pytest.skip("torch's own result is noise, too")
     found = [[], [], []]
     for seed in range(4):  # a single sum's error would be luck
         setup = make(case, "grid:1/4", activation, dtype, residual=residual, seed=seed)
