@@ -190,6 +190,25 @@ def test_gradients_add_up_over_batches():
         torch.testing.assert_close(p.grad, q.grad)
 
 
+def test_the_first_steps_of_a_training_follow_the_unfused_layers():
+    from leannorm.train.models import build
+
+    torch.manual_seed(0)
+    images, labels = torch.randn(8, 16, 3, 16, 16), torch.randint(10, (8, 16))
+    losses = []
+    for network in folded(build("resnet8", classes=10, channels=3), GridSampling(1 / 8))[:2]:
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4)
+        losses.append([])
+        for x, y in zip(images, labels, strict=True):
+            loss = F.cross_entropy(network(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0] != losses[1]  # rounding alone
+
+
 @pytest.mark.parametrize("residual", [False, True])
 def test_autocast(residual):
     model, reference, _ = folded(block(lambda self, y, x: F.relu(y + x.to(y.dtype)) if residual else F.relu(y)))

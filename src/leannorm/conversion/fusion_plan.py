@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.package.importer import sys_importer
 
 from leannorm.activation import Activation, activation_of
-from leannorm.conversion.fusion_rules import Match, convolution_before, match, reads_late, rewrite
+from leannorm.conversion.fusion_rules import Match, convolution_before, match, rewrite
 from leannorm.conversion.fusion_trace import UntraceableError, positional_parameters, trace
 from leannorm.nn import folding
 from leannorm.nn.batchnorm import SampledBatchNorm
@@ -66,8 +66,11 @@ class Plan:
     def _add_sequential(self, module: nn.Module) -> None:
         layers = [layer for layer in module._modules.values() if layer is not None]
         for at, layer in enumerate(layers):
-            if self._may_fold(layer) and self._fold(layer, folding.refusal(layers[at - 1] if at else None)):
-                self.classes[module] = None
+            if self._may_fold(layer):
+                reason = folding.refusal(layers[at - 1] if at else None)
+                self._fold(layer, reason)
+                if reason is None:
+                    self.classes[module] = None
             if self._tail(layer) is None:
                 continue
             end = end_of_steps(layers, at + 1)
@@ -86,9 +89,9 @@ class Plan:
             return
         modules = dict(block.named_modules(remove_duplicate=False))
         graphs = _graphs(block)
-        matches, used, alone = {}, {}, {}
+        matches, used, alone, apart = {}, {}, {}, {}
         for kinds, graph in graphs.items():
-            matches[kinds] = self._matches(graph, modules, alone)
+            matches[kinds] = self._matches(graph, modules, alone, apart)
             used |= {modules[str(found.call.target)]: found.action for found in matches[kinds] if found.steps}
         last = {kinds: self._output(graph, modules) for kinds, graph in graphs.items()}
         tails = {str(call.target) if call is not None else None for call in last.values()}
@@ -117,13 +120,20 @@ class Plan:
                 self.reasons[layer] = reason
         for layer, action in used.items():
             self._use(layer, action)
+        for layer, reason in apart.items():
+            self._fold(layer, reason)
 
     def _matches(
-        self, graph: fx.Graph, modules: dict[str, nn.Module], alone: dict[nn.Module, str | None]
+        self,
+        graph: fx.Graph,
+        modules: dict[str, nn.Module],
+        alone: dict[nn.Module, str | None],
+        apart: dict[SampledBatchNorm, str | None],
     ) -> list[Match]:
         """Find the matches of a graph, layers before modules that end in one, the last call first.
 
-        ``alone`` gets the layers that the graph calls without steps, with the reason if something hinders.
+        ``alone`` gets the layers that the graph calls without steps, with the reason if something hinders; ``apart``
+        those whose call may compute the convolution before it, with the reason if none of their calls does.
         """
         calls = [node for node in graph.nodes if node.op == "call_module"]
         calls = [node for node in reversed(calls) if self._is_callable(modules[str(node.target)])]
@@ -135,34 +145,28 @@ class Plan:
                 found = match(call, modules, taken)
                 if isinstance(layer, SampledBatchNorm) and (isinstance(found, str) or not found.steps):
                     alone[layer] = found if isinstance(found, str) else None
-            found = self._with_convolution(layer, Match(call) if isinstance(found, str) else found, modules)
+            found = Match(call) if isinstance(found, str) else found
+            if self._may_fold(layer):
+                before = convolution_before(found, modules)
+                if isinstance(before, fx.Node):
+                    found, apart[layer] = dataclasses.replace(found, convolution=before), None
+                else:
+                    apart.setdefault(layer, before)
             if found.steps or found.convolution is not None:
                 matches.append(found)
                 taken.update(found.nodes)
         return matches
 
-    def _with_convolution(self, layer: nn.Module, found: Match, modules: dict[str, nn.Module]) -> Match:
-        """Add the convolution before a layer to a match, where the layer's call is to compute it."""
-        if not self._may_fold(layer):
-            return found
-        before = convolution_before(found.call, modules)
-        if isinstance(before, fx.Node) and not reads_late(before, found.nodes):
-            before = "its convolution's input is used until the layer's last step"
-        folds = self._fold(layer, before if isinstance(before, str) else None)
-        return dataclasses.replace(found, convolution=before) if folds and isinstance(before, fx.Node) else found
-
-    def _fold(self, layer: SampledBatchNorm, reason: str | None) -> bool:
+    def _fold(self, layer: SampledBatchNorm, reason: str | None) -> None:
         """Note that a layer's call computes the convolution before it, or why not."""
         assert self.convolutions is not None
+        self.convolutions.discard(layer)
+        self.apart.pop(layer, None)
         if reason is None:
             self.convolutions.add(layer)
             reason = folding.refusal_of_statistics(layer.statistics)
-        else:
-            self.convolutions.discard(layer)
-        self.apart.pop(layer, None)
         if reason is not None:
             self.apart[layer] = reason
-        return layer in self.convolutions
 
     def _is_callable(self, module: nn.Module) -> bool:
         """Whether the call of a module can take steps, or the convolution before it."""

@@ -51,9 +51,9 @@ class Match:
         return self.nodes[-1] if self.nodes else self.call
 
 
-def convolution_before(call: fx.Node, modules: Mapping[str, nn.Module]) -> fx.Node | str:
-    """Find the convolution whose output a layer's call normalizes, or the reason why it cannot be the layer's."""
-    (value,) = call.args
+def convolution_before(found: Match, modules: Mapping[str, nn.Module]) -> fx.Node | str:
+    """Find the convolution whose output a layer's call normalizes, or the reason why the call cannot compute it."""
+    value = next(iter(found.call.args), None)
     module = modules[str(value.target)] if isinstance(value, fx.Node) and value.op == "call_module" else None
     reason = folding.refusal(module)
     if reason is not None:
@@ -63,10 +63,12 @@ def convolution_before(call: fx.Node, modules: Mapping[str, nn.Module]) -> fx.No
         return f"the convolution's output is used {len(value.users)} times"
     if len(value.args) != 1 or value.kwargs or not isinstance(value.args[0], fx.Node):
         return "the convolution is called with further arguments"
+    if not _reads_late(value, found.nodes):
+        return "its convolution's input is used until the layer's last step"
     return value
 
 
-def reads_late(convolution: fx.Node, steps: tuple[fx.Node, ...]) -> bool:
+def _reads_late(convolution: fx.Node, steps: tuple[fx.Node, ...]) -> bool:
     """Whether a convolution computed with the last step still finds its input: nothing may change it in between."""
     node = convolution.next
     while steps and node is not steps[-1]:
