@@ -68,7 +68,7 @@ def test_saved_bytes_by_hand():
 
 
 def test_folding_saves_the_convolutions_output_and_the_sample_stays():
-    model = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+    model = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
     x = torch.randn(4, 3, 16, 16)
     plain = training.saved_bytes(training.fuse(training._converted(model, "grid:1/8"))[0], x)
     folded = training.saved_bytes(training.fuse(training._converted(model, "grid:1/8"), convolution=True)[0], x)
