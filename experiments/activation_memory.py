@@ -1,9 +1,9 @@
 """What a training step keeps: bytes saved for backward, and the process's peak, with the convolutions folded and not.
 
-    .venv/bin/python experiments/activation_memory.py       # some minutes on 2 cores; each side in a process of its own
+    .venv/bin/python experiments/activation_memory.py       # some minutes on 2 cores; what is measured stays so
 
-One forward and backward at 224 px, batch 8, channels_last, fp32, random weights and images. Peak is the growth of the
-largest resident set over what model and images take, gradients included. Raw results:
+Each side in a process of its own: one forward and backward at 224 px, batch 8, channels_last, fp32, random weights and
+images. Peak is the growth of the largest resident set over what model and images take, gradients included. Raw results:
 `benchmarks/results/activation-memory.json`.
 """
 
@@ -48,15 +48,15 @@ def _peak() -> int:
 
 def main() -> None:
     """Measure every side, write the raw results, print the table."""
-    found = {}
+    found = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
     for name in MODELS:
         for side in SIDES:
-            command = [sys.executable, __file__, name, side]
-            found[f"{name} {side}"] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-    records.write_text(RESULT, json.dumps(found, indent=1) + "\n")
-    print(
-        "| model | " + " | ".join(f"{side}: saved, peak" for side in SIDES) + " |\n|---" * 1 + "|---" * len(SIDES) + "|"
-    )
+            if f"{name} {side}" not in found:
+                command = [sys.executable, __file__, name, side]
+                found[f"{name} {side}"] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+                records.write_text(RESULT, json.dumps(found, indent=1) + "\n")
+    print("| model | " + " | ".join(f"{side}: saved, peak" for side in SIDES) + " |")
+    print("|---" * (1 + len(SIDES)) + "|")
     for name in MODELS:
         torchs = found[f"{name} torch"]
         cells = []
