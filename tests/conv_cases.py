@@ -67,6 +67,7 @@ CONV_CASES = (
     ConvCase("stem", (2, 3, 16, 16), kernel=7, stride=2, padding=3),
     ConvCase("one sample", (1, 4, 9, 9)),
     ConvCase("strided memory", (4, 4, 8, 8), layout="strided"),
+    ConvCase("part of memory", (4, 4, 8, 8), stride=2, layout="channels of a channels last tensor"),
     ConvCase("1d", (4, 4, 13), stride=2),
     ConvCase("3d", (2, 4, 5, 6, 5)),
     ConvCase("3d channels last", (2, 4, 5, 6, 5), stride=2, layout="channels_last"),
@@ -122,6 +123,8 @@ def make(
     match case.layout:
         case "channels_last":
             x = x.contiguous(memory_format={4: torch.channels_last, 5: torch.channels_last_3d}[x.ndim])
+        case "channels of a channels last tensor":
+            x = torch.cat([x, x], 1).contiguous(memory_format=torch.channels_last)[:, : case.shape[1]]
         case "strided":
             x = torch.stack([x, x], -1)[..., 0]
     weight = draw(*case.filters)

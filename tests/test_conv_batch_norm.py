@@ -192,6 +192,14 @@ def test_what_is_kept_for_backward():
     assert kept(SILU, True) == (0, 2)
 
 
+@pytest.mark.parametrize("case", CONV_CASES, ids=lambda case: case.name)
+def test_the_output_has_the_memory_format_of_torchs(case):
+    setup = make(case, "grid:1/2", RELU, torch.float32)
+    x, weight, *_ = setup.tensors
+    y, *_ = OPS.conv_batch_norm(*setup.arguments)
+    assert y.stride() == convolution(x, weight, None, *setup.convolution).stride()
+
+
 def test_gradients_that_nobody_needs_are_not_computed():
     setup = make(BY_NAME["3x3"], "grid:1/8", RELU, torch.float32)
     setup.tensors[0].requires_grad_(False)

@@ -367,6 +367,12 @@ def test_inputs_that_the_operator_does_not_take():
         model(torch.randn(6, dtype=torch.float64))
     with pytest.raises(RuntimeError, match="dtype"):
         model(x.float())
+    model, reference, _ = folded(residual_network())
+    for network in (model, reference):
+        with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
+            network(torch.randn(4, 4, 2, 2))
+        with pytest.raises(RuntimeError, match=r"expected input.* to have 4 channels"):
+            network(torch.randn(4, 3, 16, 16))
 
 
 def test_the_check_compares_folded_outputs(monkeypatch):

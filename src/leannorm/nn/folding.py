@@ -46,6 +46,8 @@ def fold(module: nn.Module, layer: SampledBatchNorm, input: Tensor) -> Fold | No
     if input.ndim != module.weight.ndim or not (module.weight.dtype == dtype or _autocast(input)):
         return None
     shape = _shape(module, input)
+    if any(size < 1 for size in shape):
+        return None
     regions = layer.statistics.regions(shape, layer.place)
     return Fold(module, shape, dtype, regions) if regions.boxes and regions.inverse_count < 1 else None
 

@@ -1,9 +1,10 @@
-r"""A convolution and the batch norm after it as one operator: schema, fake kernel, autograd.
+"""A convolution and the batch norm after it as one operator: schema, fake kernel, autograd.
 
 With sampled statistics the convolution's outputs at the sampled positions, which are few, can be computed first. Then
 scale and shift are known before the convolution runs, and its own output never exists:
 
-    forward    u_S = conv(x, W) at the sampled positions;  a = gamma / sigma;  b = beta - a mu;  y = act(conv(x, a W) + b + r)
+    forward    u_S = conv(x, W) at the sampled positions;  a = gamma / sigma;  b = beta - a mu
+               y = act(conv(x, a W) + b + r);  where a W is rounded, a mu is the mean of conv(x, a W) at S
     backward   g = dy act'(y);  dbeta = sum g;  g' = g - w_i dbeta on S, w_i the weight of a sampled position
                dW~ = the filters' gradient for g';  dgamma = <W, dW~> / sigma, since sum_i g'_i (u_i - mu) = <W, dW~>
                g'' = g' - w_i xhat_i dgamma on S;  dx = the input's gradient for g'' and a W
@@ -19,11 +20,12 @@ Legend, further to that of `leannorm.ops.contract`
     mean, var    of the convolution without its bias
     sample       (m, C) the convolution at the sampled positions, region after region
     kept         z = conv(x, a W) + b + residual where act' needs it (not `takes_output`), else empty
-"""  # fmt: skip  # noqa: E501 - formulas stay on their lines
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -49,12 +51,14 @@ def output_shape(
 
 def memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
     """Give the memory format of the output: channels-last where the input or the weight is, as torch has it."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
-    if last is not None and any(
-        t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in (x, weight)
-    ):  # fmt: skip
-        return last
-    return torch.contiguous_format
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)
+    return last if _channels_last(x) or _channels_last(weight) else torch.contiguous_format
+
+
+def _channels_last(x: Tensor) -> bool:
+    """Whether the channels lie closest in memory, also in a part of a tensor."""
+    strides = (x.stride(0), *x.stride()[2:], x.stride(1))
+    return not x.is_contiguous() and all(one >= other for one, other in pairwise(strides))
 
 
 def sampled_elements(boxes: Sequence[int], dimensions: int) -> list[int]:
