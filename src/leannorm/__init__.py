@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from leannorm.activation import Activation
-    from leannorm.conversion import convert, freeze, fuse, recalibrate, revert, unfreeze
+    from leannorm.conversion import convert, freeze, fuse, recalibrate, revert, tune, unfreeze
     from leannorm.deploy.verify import verify
     from leannorm.graph import fold
     from leannorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
@@ -34,6 +34,7 @@ _HOMES = {
     "parse_statistics": "leannorm.spelling",
     "recalibrate": "leannorm.conversion",
     "revert": "leannorm.conversion",
+    "tune": "leannorm.conversion",
     "unfreeze": "leannorm.conversion",
     "verify": "leannorm.deploy.verify",
 }
@@ -58,6 +59,7 @@ __all__ = [
     "parse_statistics",
     "recalibrate",
     "revert",
+    "tune",
     "unfreeze",
     "verify",
 ]

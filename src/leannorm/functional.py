@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 import leannorm.backends  # noqa: F401 - registers the kernels of torch.ops.leannorm
 from leannorm.activation import Activation, as_activation
 from leannorm.ops import autograd
+from leannorm.ops.conv_batch_norm import memory_format, output_shape
 from leannorm.ops.definition import activate
 from leannorm.statistics import FullBatch, Regions, Statistics
 
@@ -57,24 +60,87 @@ def batch_norm(
     if input.shape == (0,):  # torch takes an empty vector too
         y, mean, var = batch_norm(input[:, None], weight, bias, statistics=statistics, eps=eps, activation=activation)
         return y[:, 0], mean, var
-    _check(input, weight, bias, residual)
-    if not eps > 0:
-        raise ValueError(f"batch_norm eps must be positive, got {eps}")
+    _check(input.shape, input.dtype, weight, bias, residual)
     regions = statistics.regions_of(input) if isinstance(statistics, Statistics) else statistics
-    if regions.inverse_count >= 1 and input.numel() > 0:
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}: the variance "
-            "of one element is 0. Use GroupNorm, batch renormalization, or virtual samples "
-            "(leannorm.convert(model, leannorm.VirtualDataset(1))), or a larger batch"
-        )
-    draw = None
-    if regions.draws:
-        draw = torch.randint(0, 2**62, (regions.draws,), device=input.device)
+    _check_regions(regions, input.shape, eps)
     act = as_activation(activation)
     kind, parameters = (act.kind, act.parameters) if act else ("", ())
     return autograd.batch_norm(
-        input, weight, bias, residual, draw, regions.boxes, regions.weights, eps, kind, parameters
+        input, weight, bias, residual, _draw(regions, input), regions.boxes, regions.weights, eps, kind, parameters
     )
+
+
+def conv_batch_norm(
+    input: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    statistics: Statistics | Regions,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    activation: str | Activation | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Compute a convolution and the batch norm after it, with statistics of some of its outputs, as one operator.
+
+    .. math:: y = act(conv(x, \gamma W / \sigma_S) + \beta - \gamma \mu_S / \sigma_S + residual)
+
+    The convolution's own output is neither written nor kept for backward: its sampled part is computed first. Values
+    and gradients are those of `torch.nn.functional.conv2d` and `batch_norm` one after the other, up to rounding.
+
+    Args:
+        input: (N, C_in, *spatial), or (N, C_in) for a linear layer.
+        conv_weight: (C, C_in / groups, *kernel), or (C, C_in), of the input's dtype or a wider one.
+        conv_bias: (C,) or None; batch norm cancels it, it is in the mean alone, and its gradient is zero.
+        weight: gamma, (C,), or None for ones.
+        bias: beta, (C,), or None for zeros.
+        stride: one number a spatial dimension, as in padding (with zeros) and dilation; () for a linear layer.
+        padding: as above.
+        dilation: as above.
+        groups: of the convolution.
+        statistics: a sampled source, or regions of the output that one has given.
+        eps: added to the variance.
+        residual: of the output's shape and the input's dtype, or None.
+        activation: a name, a `leannorm.Activation`, or None.
+
+    Returns:
+        y; the mean and the biased variance of the convolution's sampled outputs, as in `batch_norm`.
+
+    Raises:
+        TypeError: for an input that is not floating.
+        ValueError: for shapes or dtypes that do not fit, one element a channel, or statistics of all elements, which
+            need the convolution's whole output first.
+
+    >>> x, w = torch.ones(2, 1, 4, 4), torch.ones(3, 1, 3, 3)
+    >>> from leannorm import GridSampling
+    >>> source = GridSampling(1 / 2, minimum=4)
+    >>> y, mean, _ = conv_batch_norm(x, w, stride=(1, 1), padding=(0, 0), dilation=(1, 1), statistics=source)
+    >>> y.shape, mean
+    (torch.Size([2, 3, 2, 2]), tensor([9., 9., 9.]))
+    """
+    shape = output_shape(input.shape, conv_weight.shape, stride, padding, dilation)
+    _check(shape, input.dtype, weight, bias, residual)
+    by_rows = memory_format(input, conv_weight) == torch.contiguous_format
+    regions = statistics.regions(shape, by_rows=by_rows) if isinstance(statistics, Statistics) else statistics
+    if not regions.boxes:
+        raise ValueError(
+            f"conv_batch_norm takes statistics of some outputs, got {statistics!r}, which for {shape} takes all (or "
+            "none): these need the convolution's whole output first; call the convolution, then batch_norm"
+        )
+    _check_regions(regions, shape, eps)
+    act = as_activation(activation)
+    y, mean, var, *_ = torch.ops.leannorm.conv_batch_norm(
+        input, conv_weight, conv_bias, weight, bias, residual,
+        list(stride), list(padding), list(dilation), groups,
+        _draw(regions, input), list(regions.boxes), list(regions.weights), eps,
+        act.kind if act else "", list(act.parameters) if act else [],
+    )  # fmt: skip
+    return y, mean if conv_bias is None else mean + conv_bias.detach(), var
 
 
 def normalize(
@@ -96,7 +162,7 @@ def normalize(
         TypeError: for an input that is not floating.
         ValueError: for shapes, dtypes or devices that do not fit.
     """
-    _check(input, weight, bias, residual)
+    _check(input.shape, input.dtype, weight, bias, residual)
     parameters = [running_mean, running_var, weight, bias]
     dtypes = {p.dtype for p in parameters if p is not None}
     if len(dtypes) > 1 or not dtypes <= {input.dtype, torch.float32}:
@@ -110,19 +176,36 @@ def normalize(
     return activate(y, act.kind, act.parameters) if act else y
 
 
-def _check(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> None:
-    if not input.is_floating_point():
-        raise TypeError(f"batch normalization needs a floating input, got {input.dtype}; call .float() on it first")
-    if input.ndim < 2 and input.shape != (0,):
-        raise ValueError(f"batch normalization needs an (N, C, *spatial) input, got shape {tuple(input.shape)}")
+def _check(
+    shape: Sequence[int], dtype: torch.dtype, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> None:
+    if not dtype.is_floating_point:
+        raise TypeError(f"batch normalization needs a floating input, got {dtype}; call .float() on it first")
+    if len(shape) < 2 and tuple(shape) != (0,):
+        raise ValueError(f"batch normalization needs an (N, C, *spatial) input, got shape {tuple(shape)}")
     for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and parameter.shape != (input.shape[1],):
+        if parameter is not None and parameter.shape != (shape[1],):
             raise ValueError(
-                f"{name} must have the shape ({input.shape[1]},), one value a channel of the input "
-                f"{tuple(input.shape)}, got {tuple(parameter.shape)}"
+                f"{name} must have the shape ({shape[1]},), one value a channel of the input "
+                f"{tuple(shape)}, got {tuple(parameter.shape)}"
             )
-    if residual is not None and (residual.shape, residual.dtype) != (input.shape, input.dtype):
+    if residual is not None and (tuple(residual.shape), residual.dtype) != (tuple(shape), dtype):
         raise ValueError(
-            f"residual must have the input's shape and dtype, {tuple(input.shape)} {input.dtype}, "
+            f"residual must have the input's shape and dtype, {tuple(shape)} {dtype}, "
             f"got {tuple(residual.shape)} {residual.dtype}"
         )
+
+
+def _check_regions(regions: Regions, shape: Sequence[int], eps: float) -> None:
+    if not eps > 0:
+        raise ValueError(f"batch_norm eps must be positive, got {eps}")
+    if regions.inverse_count >= 1 and 0 not in shape:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {tuple(shape)}: the variance "
+            "of one element is 0. Use GroupNorm, batch renormalization, or virtual samples "
+            "(leannorm.convert(model, leannorm.VirtualDataset(1))), or a larger batch"
+        )
+
+
+def _draw(regions: Regions, input: Tensor) -> Tensor | None:
+    return torch.randint(0, 2**62, (regions.draws,), device=input.device) if regions.draws else None

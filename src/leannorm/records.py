@@ -45,6 +45,22 @@ class TransformReport:
 
 
 @dataclass(frozen=True)
+class TunedCall:
+    """What a convolution with its batch norm takes, forward and backward: one after the other, and folded."""
+
+    call: str
+    apart_seconds: float
+    folded_seconds: float
+
+
+@dataclass(frozen=True)
+class TuningPlan:
+    """What `leannorm.tune` measured on one machine."""
+
+    calls: tuple[TunedCall, ...] = ()
+
+
+@dataclass(frozen=True)
 class Epoch:
     """Metrics of one training epoch; losses in nats, accuracies in [0, 1]."""
 

@@ -34,7 +34,14 @@ def test_training(tmp_path):
     measured = bench("training", "--quick", "--models", "resnet18", "--statistics", "grid:1/8", "--out", file)
     assert measured.exit_code == 0, measured.output
     (case,) = results.read(file).cases
-    assert [timing.side for timing in case.timings] == ["torch", "grid:1/8", "grid:1/8 + fuse", "ceiling"]
+    assert [timing.side for timing in case.timings] == [
+        "torch",
+        "grid:1/8",
+        "grid:1/8 + fuse",
+        "grid:1/8 + fuse convolution",
+        "grid:1/8 + tune",
+        "ceiling",
+    ]
     assert "grid:1/8 + fuse" in measured.stdout
 
 

@@ -8,25 +8,26 @@ from leannorm.bench.gate import RedGate
 from leannorm.bench.plan import TrainingPlan, quickly
 
 PLAN = quickly(TrainingPlan(models=("resnet18",), statistics=("full", "grid:1/8")))
-SIDES = ["full", "full + fuse", "grid:1/8", "grid:1/8 + fuse"]
+SIDES = ["full", "full + fuse", "grid:1/8", "grid:1/8 + fuse", "grid:1/8 + fuse convolution"]
+TUNED = "grid:1/8 + tune"
 
 
 def test_run_checks_and_times_every_side():
     benchmark = training.run(PLAN, conditions(PLAN))
     (case,) = benchmark.cases
     assert case.model == "resnet18"
-    assert [timing.side for timing in case.timings] == ["torch", *SIDES, "ceiling"]
+    assert [timing.side for timing in case.timings] == ["torch", *SIDES, TUNED, "ceiling"]
     assert {(check.side, check.tensor) for check in case.checks} == {
         (side, tensor) for side in SIDES for tensor in ("logits", "gradients")
     }
-    assert [kept.side for kept in case.saved] == ["torch", *SIDES]
+    assert [kept.side for kept in case.saved] == ["torch", *SIDES, TUNED]
 
 
 def test_a_wrong_side_stops_everything(monkeypatch):
     right = training.fuse
 
-    def fuse(model):
-        model, report = right(model)
+    def fuse(model, **options):
+        model, report = right(model, **options)
         model.bn1.eps = 1e-3
         return model, report
 
@@ -64,6 +65,15 @@ def test_saved_bytes_by_hand():
     model = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Sigmoid(), nn.Conv2d(8, 8, 1))
     # the sigmoid saves its output, which the second convolution saves too: one storage; the images do not count
     assert training.saved_bytes(model, x) == x.nbytes
+
+
+def test_folding_saves_the_convolutions_output_and_the_sample_stays():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    x = torch.randn(4, 3, 16, 16)
+    plain = training.saved_bytes(training.fuse(training._converted(model, "grid:1/8"))[0], x)
+    folded = training.saved_bytes(training.fuse(training._converted(model, "grid:1/8"), convolution=True)[0], x)
+    sample = 4 * 8 * 6 * 5 * 4
+    assert plain - folded == pytest.approx(4 * 8 * 16 * 16 * 4 - sample, abs=400)
 
 
 def test_fusing_saves_the_maps_between_batch_norm_and_silu():

@@ -31,7 +31,7 @@ def normalized(
 class ByDefinition(SampledBatchNorm):
     """A converted layer in training mode, without running statistics."""
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] - a reference is never folded
         self, input: Tensor, residual: Tensor | None = None, activation: str | Activation | None = None
     ) -> Tensor:
         """Normalize, add, activate."""

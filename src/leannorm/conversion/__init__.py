@@ -4,5 +4,6 @@ from leannorm.conversion.freezing import freeze, unfreeze
 from leannorm.conversion.fusion import fuse
 from leannorm.conversion.recalibration import recalibrate
 from leannorm.conversion.swap import convert, revert
+from leannorm.conversion.tuning import tune
 
-__all__ = ["convert", "freeze", "fuse", "recalibrate", "revert", "unfreeze"]
+__all__ = ["convert", "freeze", "fuse", "recalibrate", "revert", "tune", "unfreeze"]

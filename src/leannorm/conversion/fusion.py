@@ -22,7 +22,9 @@ from leannorm.records import Change, Refusal, TransformReport
 M = TypeVar("M", bound=nn.Module)
 
 
-def fuse(model: M, example_inputs: Tensor | tuple[Any, ...] | None = None) -> tuple[M, TransformReport]:
+def fuse(
+    model: M, example_inputs: Tensor | tuple[Any, ...] | None = None, *, convolution: bool = False
+) -> tuple[M, TransformReport]:
     """Compute each BN layer with the addition and the activation after it in one operator; in place.
 
     Found are modules, functions, methods and in-place forms of addition, ReLU, ReLU6, Hardtanh, clamp, leaky ReLU,
@@ -31,13 +33,20 @@ def fuse(model: M, example_inputs: Tensor | tuple[Any, ...] | None = None) -> tu
     flags that the block's own forward reads become constants (where one is set later, the block is no longer fused).
     `revert` undoes it, and it may come before or after `convert`.
 
+    With ``convolution`` the convolution or linear layer before a BN layer is computed in the same operator, so that its
+    own output is neither written nor kept for backward. That needs sampled statistics: the few sampled outputs come
+    first, and give the scale of the filters and the shift (`leannorm.functional.conv_batch_norm`). Where a call does
+    not fit (eval mode, frozen, statistics of all elements, hooks on the convolution) it computes as without.
+
     Args:
         model: any module.
         example_inputs: the arguments of a call, a tensor or a tuple. With them the model's training outputs before and
             after are compared, and if they differ nothing is fused.
+        convolution: compute the convolution before a BN layer in its operator too.
 
     Returns:
-        The model, and a report of every BN layer: what its operator computes, or why it is left alone.
+        The model, and a report of every BN layer: what its operator computes, or why it is left alone; with
+        ``convolution`` also why a layer's convolution stays apart.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
     >>> fuse(model)[1].changes
@@ -47,10 +56,15 @@ def fuse(model: M, example_inputs: Tensor | tuple[Any, ...] | None = None) -> tu
     unfuse(model)
     expected = [] if inputs is None else training_outputs(model, inputs)
     adopted, reasons = _adopt_all(model)
-    plan = Plan.of(model)
+    plan = Plan.of(model, convolution=convolution)
     for module, rewrite in plan.classes.items():
         module.__class__ = fused_class(type(module), rewrite)
     failure = None if inputs is None else _failure(model, inputs, expected)
+    if convolution and failure is None:
+        expected = [] if inputs is None else training_outputs(model, inputs, exact=False)
+        for layer in plan.convolutions or ():
+            layer.folds_convolution = True
+        failure = None if inputs is None else _failure(model, inputs, expected, exact=False)
     if failure is not None:
         unfuse(model)
         plan = Plan(
@@ -61,13 +75,21 @@ def fuse(model: M, example_inputs: Tensor | tuple[Any, ...] | None = None) -> tu
         if not isinstance(module, _BatchNorm):
             continue
         reason = reasons.get(module) or _reason(model, name, module, plan)
-        if reason is None:
-            changes.append(Change(name, plan.actions.get(module, "batch norm")))
+        if reason is None or (plan.convolutions and module in plan.convolutions and module not in plan.apart):
+            changes.append(Change(name, _action(module, plan)))
+            if module in plan.apart:
+                refusals.append(Refusal(name, f"its convolution stays apart: {plan.apart[module]}"))
         else:
             refusals.append(Refusal(name, reason))
             if module in adopted:
                 abandon(adopted[module])
     return model, TransformReport(tuple(changes), tuple(refusals))
+
+
+def _action(layer: nn.Module, plan: Plan) -> str:
+    action = plan.actions.get(layer, "batch norm")
+    folded = plan.convolutions and layer in plan.convolutions and layer not in plan.apart
+    return f"convolution + {action}" if folded else action
 
 
 def _adopt_all(model: nn.Module) -> tuple[dict[nn.Module, SampledBatchNorm], dict[nn.Module, str]]:
@@ -82,9 +104,9 @@ def _adopt_all(model: nn.Module) -> tuple[dict[nn.Module, SampledBatchNorm], dic
     return adopted, reasons
 
 
-def _failure(model: nn.Module, inputs: tuple[Any, ...], expected: list[Any]) -> str | None:
+def _failure(model: nn.Module, inputs: tuple[Any, ...], expected: list[Any], *, exact: bool = True) -> str | None:
     try:
-        return difference(training_outputs(model, inputs), expected)
+        return difference(training_outputs(model, inputs, exact=exact), expected)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 

@@ -17,9 +17,16 @@ SEED = 0
 TOLERANCE = 0.01  # of the outputs' 2-norm; rounding alone reaches 5e-4 in a ResNet-152 at two samples of 75 pixels
 
 
-@torch.no_grad()
-def training_outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Any]:
-    """Call a model in training mode with exact statistics and a fixed seed; its buffers, modes and draws stay.
+def training_outputs(
+    model: nn.Module, inputs: tuple[Any, ...], *, exact: bool = True, gradients: bool = False
+) -> list[Any]:
+    """Call a model in training mode with a fixed seed; its buffers, modes and draws stay.
+
+    Args:
+        model: the model.
+        inputs: its arguments.
+        exact: use exact statistics, whatever the layers' sources are.
+        gradients: keep what a backward pass needs.
 
     Returns:
         The leaves of the output.
@@ -27,7 +34,7 @@ def training_outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Any]:
     devices = {t.device for t in model.parameters() if t.device.type != "cpu"}
     with torch.random.fork_rng(list(devices), device_type=next(iter(devices)).type if devices else "cpu"):
         torch.manual_seed(SEED)
-        with _kept(model):
+        with _kept(model, exact), torch.set_grad_enabled(gradients):
             given = pytree.tree_map_only(Tensor, torch.clone, inputs)  # a model may work in place
             return pytree.tree_leaves(model(*given))
 
@@ -53,20 +60,21 @@ def difference(found: list[Any], expected: list[Any]) -> str | None:
 
 
 @contextmanager
-def _kept(model: nn.Module) -> Iterator[None]:
+def _kept(model: nn.Module, exact: bool) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     layers = [module for module in modes if isinstance(module, SampledBatchNorm)]
     sources = [layer.statistics for layer in layers]
     try:
         model.train()
-        for layer in layers:
+        for layer in layers if exact else ():
             layer.statistics = FullBatch()
         yield
     finally:
         for layer, source in zip(layers, sources, strict=True):
             layer.statistics = source
-        for buffer, before in buffers:
-            buffer.copy_(before)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
         for module, mode in modes.items():
             module.training = mode

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 from torch import fx, nn
 from torch.fx.graph_module import _format_import_block  # fx writes its own pickles with it
@@ -11,8 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.package.importer import sys_importer
 
 from leannorm.activation import Activation, activation_of
-from leannorm.conversion.fusion_rules import Match, match, rewrite
+from leannorm.conversion.fusion_rules import Match, convolution_before, match, rewrite
 from leannorm.conversion.fusion_trace import UntraceableError, positional_parameters, trace
+from leannorm.nn import folding
 from leannorm.nn.batchnorm import SampledBatchNorm
 from leannorm.nn.fused import Rewrite, activation_step, children_of_containers, end_of_steps, fused_class, is_observed
 
@@ -26,18 +29,22 @@ class Plan:
         actions: what the call of a layer computes, in words.
         reasons: why a layer is left alone.
         untraceable: modules without a graph, and why.
+        convolutions: layers whose call computes the convolution before it too; None if none is to.
+        apart: why a layer's convolution is not computed in its call.
     """
 
     classes: dict[nn.Module, Rewrite | None] = field(default_factory=dict)
     actions: dict[nn.Module, str] = field(default_factory=dict)
     reasons: dict[nn.Module, str] = field(default_factory=dict)
     untraceable: dict[nn.Module, str] = field(default_factory=dict)
+    convolutions: set[SampledBatchNorm] | None = None
+    apart: dict[nn.Module, str] = field(default_factory=dict)
     _tails: dict[nn.Module, Rewrite] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module) -> Plan:
+    def of(cls, model: nn.Module, *, convolution: bool = False) -> Plan:
         """Plan the fusing of a model whose BN layers are leannorm's where they can be."""
-        plan = cls()
+        plan = cls(convolutions=set() if convolution else None)
         for module in reversed(list(model.modules())):  # parts before what they are part of
             if isinstance(module, SampledBatchNorm):
                 plan._add_layer(module)
@@ -59,6 +66,11 @@ class Plan:
     def _add_sequential(self, module: nn.Module) -> None:
         layers = [layer for layer in module._modules.values() if layer is not None]
         for at, layer in enumerate(layers):
+            if self._may_fold(layer):
+                reason = folding.refusal(layers[at - 1] if at else None)
+                self._fold(layer, reason)
+                if reason is None:
+                    self.classes[module] = None
             if self._tail(layer) is None:
                 continue
             end = end_of_steps(layers, at + 1)
@@ -73,14 +85,14 @@ class Plan:
                 self.reasons[layer] = "the activation after it has hooks"
 
     def _add_block(self, block: nn.Module) -> None:
-        if not any(self._tail(part) is not None for part in _callable_parts(block)):
+        if not any(self._is_callable(part) for part in _callable_parts(block)):
             return
         modules = dict(block.named_modules(remove_duplicate=False))
         graphs = _graphs(block)
-        matches, used, alone = {}, {}, {}
+        matches, used, alone, apart = {}, {}, {}, {}
         for kinds, graph in graphs.items():
-            matches[kinds] = self._matches(graph, modules, alone)
-            used |= {modules[str(found.call.target)]: found.action for found in matches[kinds]}
+            matches[kinds] = self._matches(graph, modules, alone, apart)
+            used |= {modules[str(found.call.target)]: found.action for found in matches[kinds] if found.steps}
         last = {kinds: self._output(graph, modules) for kinds, graph in graphs.items()}
         tails = {str(call.target) if call is not None else None for call in last.values()}
         tail = tails.pop() if len(tails) == 1 else None
@@ -100,7 +112,7 @@ class Plan:
             raise UntraceableError(f"its fused forward cannot be made: {error}") from error
         if tail is not None:
             self._tails[block] = planned
-        if used:
+        if any(matches.values()):
             self.classes[block] = planned
         for layer, reason in alone.items():
             self.actions.pop(layer, None)
@@ -108,26 +120,60 @@ class Plan:
                 self.reasons[layer] = reason
         for layer, action in used.items():
             self._use(layer, action)
+        for layer, reason in apart.items():
+            self._fold(layer, reason)
 
     def _matches(
-        self, graph: fx.Graph, modules: dict[str, nn.Module], alone: dict[nn.Module, str | None]
+        self,
+        graph: fx.Graph,
+        modules: dict[str, nn.Module],
+        alone: dict[nn.Module, str | None],
+        apart: dict[SampledBatchNorm, str | None],
     ) -> list[Match]:
         """Find the matches of a graph, layers before modules that end in one, the last call first.
 
-        ``alone`` gets the layers that the graph calls without steps, with the reason if something hinders.
+        ``alone`` gets the layers that the graph calls without steps, with the reason if something hinders; ``apart``
+        those whose call may compute the convolution before it, with the reason if none of their calls does.
         """
         calls = [node for node in graph.nodes if node.op == "call_module"]
-        calls = [node for node in reversed(calls) if self._tail(modules[str(node.target)]) is not None]
+        calls = [node for node in reversed(calls) if self._is_callable(modules[str(node.target)])]
         calls.sort(key=lambda node: not isinstance(modules[str(node.target)], SampledBatchNorm))
         matches, taken = [], set()
         for call in calls:
-            layer, found = modules[str(call.target)], match(call, modules, taken)
-            if isinstance(found, Match) and found.steps:
+            layer, found = modules[str(call.target)], Match(call)
+            if self._tail(layer) is not None:
+                found = match(call, modules, taken)
+                if isinstance(layer, SampledBatchNorm) and (isinstance(found, str) or not found.steps):
+                    alone[layer] = found if isinstance(found, str) else None
+            found = Match(call) if isinstance(found, str) else found
+            if self._may_fold(layer):
+                before = convolution_before(found, modules)
+                if isinstance(before, fx.Node):
+                    found, apart[layer] = dataclasses.replace(found, convolution=before), None
+                else:
+                    apart.setdefault(layer, before)
+            if found.steps or found.convolution is not None:
                 matches.append(found)
                 taken.update(found.nodes)
-            elif isinstance(layer, SampledBatchNorm):
-                alone[layer] = found if isinstance(found, str) else None
         return matches
+
+    def _fold(self, layer: SampledBatchNorm, reason: str | None) -> None:
+        """Note that a layer's call computes the convolution before it, or why not."""
+        assert self.convolutions is not None
+        self.convolutions.discard(layer)
+        self.apart.pop(layer, None)
+        if reason is None:
+            self.convolutions.add(layer)
+            reason = folding.refusal_of_statistics(layer.statistics)
+        if reason is not None:
+            self.apart[layer] = reason
+
+    def _is_callable(self, module: nn.Module) -> bool:
+        """Whether the call of a module can take steps, or the convolution before it."""
+        return self._tail(module) is not None or self._may_fold(module)
+
+    def _may_fold(self, module: nn.Module) -> TypeGuard[SampledBatchNorm]:
+        return self.convolutions is not None and isinstance(module, SampledBatchNorm) and not is_observed(module)
 
     def _output(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> fx.Node | None:
         """Give the layer's call that is the output, if it is."""

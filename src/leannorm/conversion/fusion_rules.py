@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from leannorm.activation import Activation, activation_of, as_activation
+from leannorm.nn import folding
 from leannorm.nn.fused import activation_step, chain, is_identity
 
 _ADD, _ADD_INTO = {operator.add, torch.add, "add"}, {operator.iadd, "add_"}
@@ -34,12 +36,56 @@ class Match:
         steps: a node to be added, the name of a module to be called, or an activation.
         nodes: the nodes of the steps, in their order; the last gives the value.
         action: what is fused, in words.
+        convolution: the node that calls the convolution before the layer, if that is computed in the same call.
     """
 
     call: fx.Node
-    steps: tuple[fx.Node | str | Activation, ...]
-    nodes: tuple[fx.Node, ...]
-    action: str
+    steps: tuple[fx.Node | str | Activation, ...] = ()
+    nodes: tuple[fx.Node, ...] = ()
+    action: str = ""
+    convolution: fx.Node | None = None
+
+    @property
+    def last(self) -> fx.Node:
+        """The node that gives the value."""
+        return self.nodes[-1] if self.nodes else self.call
+
+
+def convolution_before(found: Match, modules: Mapping[str, nn.Module]) -> fx.Node | str:
+    """Find the convolution whose output a layer's call normalizes, or the reason why the call cannot compute it."""
+    value = next(iter(found.call.args), None)
+    module = modules[str(value.target)] if isinstance(value, fx.Node) and value.op == "call_module" else None
+    reason = folding.refusal(module)
+    if reason is not None:
+        return reason
+    assert isinstance(value, fx.Node)
+    if len(value.users) != 1:
+        return f"the convolution's output is used {len(value.users)} times"
+    if len(value.args) != 1 or value.kwargs or not isinstance(value.args[0], fx.Node):
+        return "the convolution is called with further arguments"
+    if not _reads_late(value, found.nodes):
+        return "its convolution's input is used until the layer's last step"
+    return value
+
+
+def _reads_late(convolution: fx.Node, steps: tuple[fx.Node, ...]) -> bool:
+    """Whether a convolution computed with the last step still finds its input: nothing may change it in between."""
+    node = convolution.next
+    while steps and node is not steps[-1]:
+        if convolution.args[0] in node.all_input_nodes and node not in steps and not _only_reads(node):
+            return False
+        node = node.next
+    return True
+
+
+def _only_reads(node: fx.Node) -> bool:
+    """Whether a node surely leaves its arguments as they are; a module or a function of others may not."""
+    if node.op == "call_method":
+        return not str(node.target).endswith("_")
+    if node.op != "call_function" or not isinstance(node.target, BuiltinFunctionType) or "out" in node.kwargs:
+        return False
+    name = node.target.__name__
+    return not (name.endswith("_") or (name.startswith("i") and hasattr(operator, name[1:])))
 
 
 def match(call: fx.Node, modules: Mapping[str, nn.Module], taken: Set[fx.Node]) -> Match | str:
@@ -93,32 +139,41 @@ def rewrite(graph: fx.Graph, matches: list[Match], tail: fx.Node | None, constan
 
     Args:
         graph: is changed.
-        matches: with steps.
+        matches: with steps, or with a convolution.
         tail: the layer's call that gives the output, which is to take the steps after the block's own call; or None.
         constants: activations without a module; new ones are appended.
     """
     replaced: dict[fx.Node, fx.Node] = {}
     for found in matches:
-        with graph.inserting_before(found.nodes[-1]):
+        if found.call is tail:
+            continue
+        with graph.inserting_before(found.last):
             steps = [_step(graph, step, constants) for step in found.steps]
-            fused = _chain(graph, found.call, tuple(replaced.get(step, step) for step in steps))
-        found.nodes[-1].replace_all_uses_with(fused)
-        replaced[found.nodes[-1]] = fused
-        for node in (*reversed(found.nodes), found.call):
-            graph.erase_node(node)
+            fused = _chain(graph, found.call, tuple(replaced.get(step, step) for step in steps), found.convolution)
+        found.last.replace_all_uses_with(fused)
+        replaced[found.last] = fused
+        for node in (*reversed(found.nodes), found.call, found.convolution):
+            if node is not None:
+                graph.erase_node(node)
     if tail is not None:
+        convolution = next((found.convolution for found in matches if found.call is tail), None)
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         with graph.inserting_after(placeholders[-1]):
             steps = graph.placeholder("steps_after_the_block")
         with graph.inserting_before(tail):
-            fused = _chain(graph, tail, steps)
+            fused = _chain(graph, tail, steps, convolution)
         tail.replace_all_uses_with(fused)
         graph.erase_node(tail)
+        if convolution is not None:
+            graph.erase_node(convolution)
 
 
-def _chain(graph: fx.Graph, call: fx.Node, steps: Any) -> fx.Node:
+def _chain(graph: fx.Graph, call: fx.Node, steps: Any, convolution: fx.Node | None) -> fx.Node:
     layer = graph.create_node("get_attr", str(call.target))
-    return graph.call_function(chain, (layer, call.args[0], steps))
+    if convolution is None:
+        return graph.call_function(chain, (layer, call.args[0], steps))
+    before = graph.create_node("get_attr", str(convolution.target))
+    return graph.call_function(chain, (layer, convolution.args[0], steps, before))
 
 
 def _step(graph: fx.Graph, step: fx.Node | str | Activation, constants: list[Activation]) -> fx.Node:

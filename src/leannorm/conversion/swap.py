@@ -28,6 +28,7 @@ _STATE = (
     "activation",
     "guard_nonfinite",
     "frozen",
+    "folds_convolution",
     "place",
     "virtual_mark",
     "original_class",
@@ -135,6 +136,8 @@ def unfuse(model: nn.Module) -> list[Change]:
         if isinstance(module, fused.Fused):
             fused.unfuse(module)
             changes.append(Change(name, f"{type(module).__name__}, no longer fused"))
+        elif isinstance(module, SampledBatchNorm):
+            module.__dict__.pop("folds_convolution", None)
     return changes
 
 

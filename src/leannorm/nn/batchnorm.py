@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from leannorm import functional
 from leannorm.activation import Activation, as_activation
+from leannorm.nn import folding
 from leannorm.nn.recompute import recomputing
 from leannorm.nn.virtual import VirtualMark
 from leannorm.statistics import FullBatch, Regions, Statistics
@@ -67,6 +68,7 @@ class SampledBatchNorm(_BatchNorm):
     activation: Activation | None = None
     guard_nonfinite: bool = False
     frozen: bool = False
+    folds_convolution: bool = False
     place: int = 0
     virtual_mark: VirtualMark | None = None
     qconfig = _RefuseSyncConversion()
@@ -108,11 +110,16 @@ class SampledBatchNorm(_BatchNorm):
         return super().train(mode and not self.frozen)
 
     def forward(
-        self, input: Tensor, residual: Tensor | None = None, activation: str | Activation | None = None
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        activation: str | Activation | None = None,
+        folded: folding.Fold | None = None,
     ) -> Tensor:
         """Normalize ``input``, add ``residual`` (same shape and dtype), and activate.
 
-        ``activation`` is one for this call, of a layer that has none of its own.
+        ``activation`` is one for this call, of a layer that has none of its own. A ``folded`` convolution is
+        computed in the same operator (`leannorm.nn.folding`), and ``input`` is what it takes.
         """
         self._check_input_dim(input)
         if activation is None:
@@ -132,16 +139,20 @@ class SampledBatchNorm(_BatchNorm):
             )
         if self.statistics.virtual:
             self._check_mark(input)
-        regions = self.statistics.regions_of(input, self.place)
-        y, mean, var = functional.batch_norm(
-            input,
-            self.weight,
-            self.bias,
-            statistics=regions,
-            eps=self.eps,
-            residual=residual,
-            activation=activation,
-        )
+        if folded is not None:
+            regions = folded.regions
+            y, mean, var = folding.conv_batch_norm(folded, self, input, residual, activation)
+        else:
+            regions = self.statistics.regions_of(input, self.place)
+            y, mean, var = functional.batch_norm(
+                input,
+                self.weight,
+                self.bias,
+                statistics=regions,
+                eps=self.eps,
+                residual=residual,
+                activation=activation,
+            )
         if self.track_running_stats and not recomputing():
             self._track(input, mean, var, regions)
         return y
@@ -183,7 +194,7 @@ class SampledBatchNorm(_BatchNorm):
         parts = [super().extra_repr(), f"statistics={self.statistics}"]
         if self.activation:
             parts.append(f"activation={self.activation}")
-        parts += [name for name in ("guard_nonfinite", "frozen") if getattr(self, name)]
+        parts += [name for name in ("guard_nonfinite", "frozen", "folds_convolution") if getattr(self, name)]
         return ", ".join(parts)
 
 

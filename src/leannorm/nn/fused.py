@@ -14,25 +14,41 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from leannorm.activation import Activation, activation_of
+from leannorm.nn import folding
 from leannorm.nn.batchnorm import SampledBatchNorm
+from leannorm.nn.folding import is_observed
 from leannorm.ops.definition import activate
 
 Step = Tensor | Activation | nn.Module  # a tensor is added
 
 
-def chain(layer: nn.Module, input: Tensor, steps: tuple[Step, ...] = ()) -> Tensor:
+def chain(
+    layer: nn.Module, input: Tensor, steps: tuple[Step, ...] = (), convolution: nn.Module | None = None
+) -> Tensor:
     """Apply a layer, then each step: add a tensor, activate, or call a module; in one operator where it can be.
 
     It can be where the layer is leannorm's (or a fused module that ends in one), a residual of the input's shape and
-    dtype comes first, an activation last, and no hook wants to see what lies between.
+    dtype comes first, an activation last, and no hook wants to see what lies between. A ``convolution`` comes before
+    the layer, in the same operator where `leannorm.nn.folding` can.
     """
+    if convolution is not None:
+        folded = None
+        if isinstance(layer, SampledBatchNorm) and not is_observed(layer):
+            folded = folding.fold(convolution, layer, input)
+        if folded is not None:
+            operands = _operands(steps, folded.shape, folded.dtype, input.device) if takes_steps(layer) else None
+            if operands is not None:
+                return layer(input, *operands, folded)
+            return _follow(layer(input, None, None, folded), steps)
+        return chain(layer, convolution(input), steps)
     if takes_steps(layer):
         if not isinstance(layer, SampledBatchNorm):
             return layer(input, fused_steps=steps)
-        operands = _operands(input, steps)
+        operands = _operands(steps, input.shape, input.dtype, input.device)
         if operands is not None:
             return layer(input, *operands)
     return _follow(layer(input), steps)
@@ -58,17 +74,6 @@ def takes_steps(layer: nn.Module | None) -> bool:
     return isinstance(layer, Fused) and takes_steps(tail(layer))
 
 
-def is_observed(module: nn.Module) -> bool:
-    """Whether something from outside sees, or replaces, what the module's call computes."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
 def is_identity(module: object) -> bool:
     """Whether a step does nothing."""
     return type(module) is nn.Identity and not is_observed(module)
@@ -81,7 +86,10 @@ def activation_step(step: object) -> Activation | None:
     return activation_of(step) if isinstance(step, nn.Module) and not is_observed(step) else None
 
 
-def _operands(input: Tensor, steps: tuple[Step, ...]) -> tuple[Tensor | None, Activation | None] | None:
+def _operands(
+    steps: tuple[Step, ...], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor | None, Activation | None] | None:
+    """Give the residual and the activation that steps are, for a layer of this output; None where they are not."""
     residual = activation = None
     for step in steps:
         if is_identity(step):
@@ -89,9 +97,7 @@ def _operands(input: Tensor, steps: tuple[Step, ...]) -> tuple[Tensor | None, Ac
         if activation is not None:
             return None
         if isinstance(step, Tensor):
-            if residual is not None or (step.shape, step.dtype, step.device) != (
-                input.shape, input.dtype, input.device
-            ):  # fmt: skip
+            if residual is not None or (step.shape, step.dtype, step.device) != (shape, dtype, device):
                 return None
             residual = step
         else:
@@ -181,13 +187,23 @@ class FusedSequential(Fused):
         layers = [layer for layer in self._modules.values() if layer is not None]
         value, at = input, 0
         while at < len(layers):
+            convolution = layers[at] if precedes_its_layer(layers, at) else None
+            at += convolution is not None
             end = at + 1
             if takes_steps(layers[at]):
                 end = end_of_steps(layers, end)
             following = (*layers[at + 1 : end], *(fused_steps if end == len(layers) else ()))
-            value = chain(layers[at], value, following)
+            value = chain(layers[at], value, following, convolution)
             at = end
         return value
+
+
+def precedes_its_layer(layers: list[nn.Module], at: int) -> bool:
+    """Whether a layer of a sequence is one that the batch norm layer after it is to compute in its own call."""
+    following = layers[at + 1] if at + 1 < len(layers) else None
+    if not isinstance(following, SampledBatchNorm) or not following.folds_convolution:
+        return False
+    return folding.refusal(layers[at]) is None
 
 
 def end_of_steps(layers: list[nn.Module], start: int) -> int:
