@@ -46,7 +46,10 @@ def train(
         typer.Option(help="Folder for checkpoints, metrics and logs; runs/MODEL-DATA-STATISTICS if left out."),
     ] = None,
     statistics: Annotated[
-        str, typer.Option(help="Where batch statistics come from: full, grid:1/32, fs:1/32, fs:1/32+vdn:1, ...")
+        str,
+        typer.Option(
+            help="Source of statistics or method: full, grid:1/32, fs:1/32+vdn:1, gn:32, renorm:3, ghost:32, ..."
+        ),
     ] = "full",
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 30,
     seed: Annotated[int, typer.Option(help="Same seed: same weights, same data.")] = 0,

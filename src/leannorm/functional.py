@@ -8,6 +8,7 @@ from torch import Tensor
 
 import leannorm.backends  # noqa: F401 - registers the kernels of torch.ops.leannorm
 from leannorm.activation import Activation, as_activation
+from leannorm.ops import definition
 from leannorm.ops.definition import activate
 from leannorm.statistics import FullBatch, Regions, Statistics
 
@@ -61,11 +62,7 @@ def batch_norm(
         raise ValueError(f"batch_norm eps must be positive, got {eps}")
     regions = statistics.regions(input.shape) if isinstance(statistics, Statistics) else statistics
     if regions.inverse_count >= 1 and input.numel() > 0:
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}: the variance "
-            "of one element is 0. Use GroupNorm, batch renormalization, or virtual samples "
-            "(leannorm.convert(model, leannorm.VirtualDataset(1))), or a larger batch"
-        )
+        raise one_element(input)
     draw = None
     if regions.draws:
         draw = torch.randint(0, 2**62, (regions.draws,), device=input.device)
@@ -82,6 +79,48 @@ def batch_norm(
         act.kind if act else "",
         list(act.parameters) if act else [],
     )
+
+
+def moments(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Give mean and biased variance of all elements of each channel, (C,), without a gradient.
+
+    Raises:
+        TypeError: for an input that is not floating.
+        ValueError: for an input without channels.
+    """
+    _check(input, None, None, None)
+    return torch.ops.leannorm.moments(input.detach(), None, [], [])
+
+
+def snapshot(state: Tensor) -> Tensor:
+    """Copy a buffer, or what was computed from one, for a gradient: the buffer may change before the backward pass.
+
+    A plain copy does not do in `torch.compile`, which may compute it anew in the backward pass.
+    """
+    return torch.ops.leannorm.snapshot(state.detach())
+
+
+def normalize_by(
+    input: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    activation: str | Activation | None = None,
+) -> Tensor:
+    """Normalize with given statistics through which gradients flow; computed in their dtype. Arguments as `batch_norm`.
+
+    Raises:
+        TypeError: for an input that is not floating.
+        ValueError: for shapes or dtypes that do not fit.
+    """
+    _check(input, weight, bias, residual)
+    act = as_activation(activation)
+    kind, parameters = (act.kind, act.parameters) if act else ("", ())
+    return definition.normalize(input, mean, var, weight, bias, residual, eps, kind, parameters)
 
 
 def normalize(
@@ -117,6 +156,27 @@ def normalize(
     return activate(y, act.kind, act.parameters) if act else y
 
 
+def transform(
+    normalized: Tensor,
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str | Activation | None = None,
+) -> Tensor:
+    """Scale, shift, add a residual and activate what another method has normalized; like ``input``.
+
+    Raises:
+        TypeError: for an input that is not floating.
+        ValueError: for shapes or dtypes that do not fit.
+    """
+    _check(input, weight, bias, residual)
+    act = as_activation(activation)
+    kind, parameters = (act.kind, act.parameters) if act else ("", ())
+    return definition.transform(normalized, weight, bias, residual, kind, parameters).to(input.dtype)
+
+
 def _check(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> None:
     if not input.is_floating_point():
         raise TypeError(f"batch normalization needs a floating input, got {input.dtype}; call .float() on it first")
@@ -133,3 +193,12 @@ def _check(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: 
             f"residual must have the input's shape and dtype, {tuple(input.shape)} {input.dtype}, "
             f"got {tuple(residual.shape)} {residual.dtype}"
         )
+
+
+def one_element(input: Tensor) -> ValueError:
+    """Make the error for statistics of a single element a channel."""
+    return ValueError(
+        f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}: the variance "
+        "of one element is 0. Use GroupNorm, batch renormalization, or virtual samples "
+        "(leannorm.convert(model, leannorm.VirtualDataset(1))), or a larger batch"
+    )

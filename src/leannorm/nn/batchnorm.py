@@ -11,9 +11,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from leannorm import functional
 from leannorm.activation import Activation, as_activation
+from leannorm.methods import Method
 from leannorm.nn.recompute import recomputing
 from leannorm.nn.virtual import VirtualMark
-from leannorm.statistics import FullBatch, Regions, Statistics
+from leannorm.statistics import FullBatch, Statistics
 
 
 class _RefuseSyncConversion:
@@ -26,7 +27,7 @@ class _RefuseSyncConversion:
         caller = sys._getframe(1).f_code.co_name
         if layer is not None and caller == "convert_sync_batchnorm" and not layer.is_plain:
             raise RuntimeError(
-                f"torch.nn.SyncBatchNorm.convert_sync_batchnorm would drop the statistics ({layer.statistics}) and the "
+                f"torch.nn.SyncBatchNorm.convert_sync_batchnorm would drop the statistics ({layer.target}) and the "
                 f"activation ({layer.activation}) of a leannorm layer; call leannorm.revert(model) first"
             )
         raise AttributeError("qconfig")
@@ -92,11 +93,16 @@ class SampledBatchNorm(_BatchNorm):
         if not isinstance(statistics, Statistics):
             raise TypeError(
                 f"statistics must be a leannorm source such as FullBatch(), got {statistics!r}; "
-                "leannorm.parse_statistics reads spellings"
+                "leannorm.parse_statistics reads spellings; a method is for leannorm.convert"
             )
         self.statistics = statistics
         self.activation = as_activation(activation)
         self.guard_nonfinite = guard_nonfinite
+
+    @property
+    def target(self) -> Statistics | Method:
+        """What `leannorm.convert` made the layer: its source of statistics, or its method."""
+        return self.statistics
 
     @property
     def is_plain(self) -> bool:
@@ -119,17 +125,11 @@ class SampledBatchNorm(_BatchNorm):
             activation = self.activation
         elif self.activation is not None:
             raise ValueError(f"a layer that applies {self.activation} was called with the activation {activation}")
-        if not self.training:
-            return functional.normalize(
-                input,
-                self.running_mean,
-                self.running_var,
-                self.weight,
-                self.bias,
-                eps=self.eps,
-                residual=residual,
-                activation=activation,
-            )
+        if self.training:
+            return self._train_forward(input, residual, activation)
+        return self._eval_forward(input, residual, activation)
+
+    def _train_forward(self, input: Tensor, residual: Tensor | None, activation: str | Activation | None) -> Tensor:
         if self.statistics.virtual:
             self._check_mark(input)
         regions = self.statistics.regions(input.shape, self.place)
@@ -142,9 +142,21 @@ class SampledBatchNorm(_BatchNorm):
             residual=residual,
             activation=activation,
         )
-        if self.track_running_stats and not recomputing():
-            self._track(input, mean, var, regions)
+        if self._counts(input):
+            self._track(mean, var * regions.unbiased)
         return y
+
+    def _eval_forward(self, input: Tensor, residual: Tensor | None, activation: str | Activation | None) -> Tensor:
+        return functional.normalize(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            eps=self.eps,
+            residual=residual,
+            activation=activation,
+        )
 
     def _check_mark(self, input: Tensor) -> None:
         if recomputing():  # the call that is computed again was checked
@@ -158,18 +170,26 @@ class SampledBatchNorm(_BatchNorm):
                 "(not a part of it, and with no reshaping of the batch in between), or convert the part"
             )
 
+    def _counts(self, input: Tensor) -> bool:
+        """Count a batch, and say whether the running statistics take it in."""
+        if not self.track_running_stats or self.num_batches_tracked is None or recomputing():
+            return False
+        self.num_batches_tracked.add_(1)
+        return input.numel() > 0
+
     @torch.no_grad()
-    def _track(self, input: Tensor, mean: Tensor, var: Tensor, regions: Regions) -> None:
+    def _track(self, mean: Tensor, var: Tensor, factor: Tensor | float | None = None) -> None:
+        """Move the running statistics by ``factor`` (None: by the layer's momentum) towards ``mean`` and ``var``."""
         if self.num_batches_tracked is None or self.running_mean is None or self.running_var is None:
             return
-        self.num_batches_tracked.add_(1)
-        if input.numel() == 0:
-            return
         dtype = self.running_mean.dtype
-        factor = self.momentum
         if factor is None:
-            factor = (1 / self.num_batches_tracked).to(dtype)
-        new_mean, new_var = mean.to(dtype), (var * regions.unbiased).to(dtype)
+            factor = self.momentum
+        if factor is None:
+            factor = 1 / self.num_batches_tracked
+        if isinstance(factor, Tensor):
+            factor = factor.to(dtype)
+        new_mean, new_var = mean.to(dtype), var.to(dtype)
         if self.statistics.between_steps:
             new_var = new_var + (1 - factor) * (new_mean - self.running_mean) ** 2
         if self.guard_nonfinite:
@@ -181,7 +201,7 @@ class SampledBatchNorm(_BatchNorm):
 
     def extra_repr(self) -> str:
         """Add what torch's layer has not."""
-        parts = [super().extra_repr(), f"statistics={self.statistics}"]
+        parts = [super().extra_repr(), f"statistics={self.target}"]
         if self.activation:
             parts.append(f"activation={self.activation}")
         parts += [name for name in ("guard_nonfinite", "frozen") if getattr(self, name)]

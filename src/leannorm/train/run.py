@@ -55,7 +55,7 @@ def train(
     Args:
         model: spelling of the model (`models.build`).
         data: spelling of the data (`data.open_data`).
-        statistics: spelling of the source of statistics (`leannorm.parse_statistics`).
+        statistics: spelling of the source of statistics, or of a method (`leannorm.parse_target`).
         epochs: passes over the training images.
         seed: decides initial weights, order, augmentation, and what is drawn while training.
         out: folder of the results, made where it is missing.
@@ -82,7 +82,7 @@ def train(
     """
     out = Path(out)
     _check_folder(out, resume=resume, overwrite=overwrite)
-    source = leannorm.parse_statistics(statistics)
+    source = leannorm.parse_target(statistics)
     images = open_data(data, batch_size=batch_size, seed=seed, workers=workers, image_size=image_size)
     configuration = Configuration(
         model=model,
