@@ -32,12 +32,10 @@ class AccumulatedBatchNorm(MomentsNorm):
     takes = AccumulatedBatch
     reads_state = True
     method: AccumulatedBatch
-    num_batches_tracked: Tensor
     accumulated_mean: Tensor
     accumulated_var: Tensor
     accumulated_count: Tensor
     micro_batch: Tensor
-    momentum: float | None
 
     def enter(self, method: Method) -> None:
         """Make the buffers of the step under way."""

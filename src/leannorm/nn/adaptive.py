@@ -35,8 +35,6 @@ class AdaptiveBatchNorm(MethodNorm):
 
     takes = AdaptiveMomentum
     method: AdaptiveMomentum
-    running_mean: Tensor
-    running_var: Tensor
     estimator_weight: Tensor
     estimator_bias: Tensor
     last_mean: Tensor

@@ -30,9 +30,6 @@ class DiminishingBatchNorm(MomentsNorm):
     reads_state = True
     why_not_recalibrated = "its running statistics are those that training normalized with"
     method: DiminishingAverage
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
 
     def _moments(self, input: Tensor) -> tuple[Tensor, Tensor]:
         count(input)

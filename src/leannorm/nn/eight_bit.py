@@ -36,8 +36,6 @@ class EightBitBatchNorm(MethodNorm):
     why_not_recalibrated = "its layer rounds its statistics: recalibrate the batch normalization that it was"
     why_not_folded = "its rounded values are no affine map per channel"
     method: EightBitNormalization
-    running_mean: Tensor
-    running_var: Tensor
 
     def why_not_left(self) -> None:
         """It has no state of its own."""

@@ -67,7 +67,7 @@ class MaskedBatchNorm(MomentsNorm):
     takes = MaskedSequences
     needs_running_statistics = False
     reads_state = True
-    why_not_recalibrated = "its statistics need the lengths of the sequences: train with weights and momentum at hand"
+    why_not_recalibrated = "its statistics need the lengths of the sequences"
     method: MaskedSequences
     length_mark: LengthMark | None = None
 

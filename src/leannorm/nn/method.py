@@ -38,7 +38,10 @@ class MethodNorm(SampledBatchNorm):
     why_not_recalibrated: ClassVar[str | None] = None
     why_not_folded: ClassVar[str | None] = None
 
-    method: Method
+    method: Any  # of the class that `takes` says
+    running_mean: Any  # a tensor where `needs_running_statistics`, as the next two
+    running_var: Any
+    num_batches_tracked: Any
     exact: bool = False  # while true, training mode is that of exact BN
     plain_class: type[_BatchNorm] | None = None  # the class that the layer had before `convert`
 
@@ -54,9 +57,8 @@ class MethodNorm(SampledBatchNorm):
         """Say why a BN layer, or what a method made of one, cannot become one of this class, or None."""
         if type(method) is not cls.takes:
             raise TypeError(f"{cls.__name__} takes {cls.takes.__name__}, got {method!r}")
-        tracks = (
-            layer.batch_norm_state["tracks"] if "batch_norm_state" in vars(layer) else layer.running_mean is not None
-        )
+        state = vars(layer).get("batch_norm_state")
+        tracks = state["tracks"] if state else layer.running_mean is not None
         if cls.needs_running_statistics and not tracks:
             return f"{method} needs running statistics, which the layer does not keep (track_running_stats=False)"
         return None

@@ -32,9 +32,6 @@ class MixtureBatchNorm(MethodNorm):
     why_not_recalibrated = "its statistics are those of a mixture's components, which recalibrate does not pool"
     why_not_folded = "a mixture's scale and shift depend on the input, in eval mode too: no affine map per channel"
     method: MixtureNormalization
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
     component_mean: Tensor
     component_var: Tensor
     component_share: Tensor
@@ -68,7 +65,8 @@ class MixtureBatchNorm(MethodNorm):
             torch.where(first, var.expand_as(self.component_var), self.component_var),
             self.component_share,
         )
-        p = _assign(x, *map(functional.snapshot, components), self.eps)
+        mean_k, var_k, share_k = map(functional.snapshot, components)
+        p = _assign(x, mean_k, var_k, share_k, self.eps)
         share = p.mean(0)
         weights = (p / p.sum(0).clamp(min=torch.finfo(p.dtype).tiny)).T[:, :, None]  # (K, M, 1)
         means = (weights * x).sum(1)

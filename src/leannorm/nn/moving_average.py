@@ -40,9 +40,6 @@ class MovingAverageBatchNorm(MethodNorm):
     reads_state = True
     why_not_recalibrated = "it normalizes by second moments, which recalibrate does not pool"
     method: MovingAverageNormalization
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
     squares: Tensor
     products: Tensor
 

@@ -29,9 +29,6 @@ class BatchRenorm(MethodNorm):
     takes = BatchRenormalization
     reads_state = True
     method: BatchRenormalization
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
 
     def _limits(self) -> tuple[Tensor, Tensor]:
         """Give r_max and d_max of this step."""
