@@ -30,6 +30,7 @@ METHODS += (
     "mixture:2",
     "wageubn:8",
     "masked",
+    "none",
 )
 ACTIVATIONS = (
     None,

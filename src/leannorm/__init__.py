@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         MaskedSequences,
         MixtureNormalization,
         MovingAverageNormalization,
+        NoNormalization,
         RangeDeviation,
     )
     from leannorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
@@ -63,6 +64,7 @@ _HOMES = {
     "MixtureNormalization": "leannorm.methods",
     "MovingAverageNormalization": "leannorm.methods",
     "NaiveSampling": "leannorm.statistics",
+    "NoNormalization": "leannorm.methods",
     "RangeDeviation": "leannorm.methods",
     "VirtualDataset": "leannorm.statistics",
     "WeightedSum": "leannorm.statistics",
@@ -103,6 +105,7 @@ __all__ = [
     "MixtureNormalization",
     "MovingAverageNormalization",
     "NaiveSampling",
+    "NoNormalization",
     "RangeDeviation",
     "VirtualDataset",
     "WeightedSum",

@@ -59,6 +59,9 @@ def train(
     image_size: Annotated[int | None, typer.Option(help="Resize images to this many pixels.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that decode images.")] = 0,
     accelerator: Annotated[str, typer.Option(help="cpu, gpu, auto, ...")] = "auto",
+    record_layers: Annotated[
+        int | None, typer.Option(help="Record layers and loss every so many steps, for the report's plots.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last finished epoch in --out.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -81,6 +84,7 @@ def train(
             image_size=image_size,
             workers=workers,
             accelerator=accelerator,
+            record_layers=record_layers,
             resume=resume,
             overwrite=overwrite,
             progress=True,
@@ -132,7 +136,9 @@ def report(
             raise FileExistsError(f"{out} exists: --overwrite replaces it")
         deployments = [records.read(records.Deployment, run / "report.json") for run in runs]
         out.parent.mkdir(parents=True, exist_ok=True)
-        records.write_text(out, html.page(deployments))
+        recorded = [Path(deployment.checkpoint).parent / "layers.json" for deployment in deployments]
+        traces = [records.read(records.TrainingTrace, path) if path.exists() else None for path in recorded]
+        records.write_text(out, html.page(deployments, traces=traces))
         rich.print(text.summary(deployments))
         typer.echo(f"page: {out}")
 

@@ -258,4 +258,11 @@ class MaskedSequences(Method):
     name: ClassVar[str] = "masked"
 
 
+@dataclass(frozen=True)
+class NoNormalization(Method):
+    """Scale and shift alone: what a network is without normalization."""
+
+    name: ClassVar[str] = "none"
+
+
 METHODS: dict[str, type[Method]] = {method.name: method for method in Method.__subclasses__()}

@@ -12,6 +12,7 @@ from leannorm.nn.masked import MaskedBatchNorm
 from leannorm.nn.method import MethodNorm
 from leannorm.nn.mixture import MixtureBatchNorm
 from leannorm.nn.moving_average import MovingAverageBatchNorm
+from leannorm.nn.none import NoNorm
 from leannorm.nn.range import RangeBatchNorm
 from leannorm.nn.renorm import BatchRenorm
 
@@ -30,6 +31,7 @@ METHOD_LAYERS: dict[type, type[MethodNorm]] = {
         MaskedBatchNorm,
         MixtureBatchNorm,
         MovingAverageBatchNorm,
+        NoNorm,
         RangeBatchNorm,
     )
 }
@@ -50,5 +52,6 @@ __all__ = [
     "MaskedBatchNorm",
     "MixtureBatchNorm",
     "MovingAverageBatchNorm",
+    "NoNorm",
     "RangeBatchNorm",
 ]

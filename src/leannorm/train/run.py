@@ -22,6 +22,7 @@ from leannorm.train import checkpoint
 from leannorm.train.configuration import Configuration
 from leannorm.train.data import ImageData, open_data
 from leannorm.train.environment import environment
+from leannorm.train.layers import TRACE, LayerRecorder
 from leannorm.train.module import ImageClassifier
 from leannorm.train.recorder import BEST, INTERRUPTED, LAST, METRICS, RUN, Recorder
 
@@ -42,11 +43,12 @@ def train(
     image_size: int | None = None,
     workers: int = 0,
     accelerator: str = "auto",
+    record_layers: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = False,
 ) -> TrainingRun:
-    """Train an image classifier whose batch normalization takes its statistics from the given source.
+    """Train an image classifier whose batch normalization takes its statistics from the given source, or its method.
 
     Writes to ``out``: `last.ckpt` (every epoch), `best.ckpt` (by validation accuracy), `interrupted.ckpt` (where it
     stopped early), `metrics.csv`, `run.json` and TensorBoard's event files. On a CPU the same arguments give the same
@@ -65,6 +67,7 @@ def train(
         image_size: resize images to this many pixels; None keeps their own size.
         workers: processes that decode images.
         accelerator: Lightning's name of the device: "cpu", "gpu", "auto", ...
+        record_layers: record layers and loss every so many steps in `layers.json` (`layers.LayerRecorder`), or not.
         resume: go on with the run in ``out`` from its last finished epoch.
         overwrite: remove the run in ``out`` first.
         progress: show a progress bar.
@@ -116,6 +119,8 @@ def train(
     )
     recorder = Recorder(out, run)
     callbacks: list[Callback] = [recorder]
+    if record_layers is not None:
+        callbacks.append(LayerRecorder(out, configuration.statistics, every=record_layers))
     if progress:
         callbacks.append(RichProgressBar())
     trainer = _trainer(
@@ -214,6 +219,6 @@ def _check_logits(model: nn.Module, configuration: Configuration) -> None:
 
 
 def _remove_run(out: Path) -> None:
-    for name in (LAST, BEST, INTERRUPTED, METRICS, RUN):
+    for name in (LAST, BEST, INTERRUPTED, METRICS, RUN, TRACE):
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / TENSORBOARD, ignore_errors=True)
