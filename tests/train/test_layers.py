@@ -82,7 +82,9 @@ def test_the_loss_along_the_gradient_in_figures():
     moved = [(w - 2 * g).requires_grad_() for w, g in zip(weights, gradients, strict=True)]
     there = torch.autograd.grad(F.cross_entropy(x @ moved[0].T + moved[1], labels), moved)
     difference = torch.cat([(a - b).flatten() for a, b in zip(there, gradients, strict=True)]).norm()
-    assert found.gradient_change == pytest.approx((difference / torch.cat([g.flatten() for g in gradients]).norm()).item())
+    assert found.gradient_change == pytest.approx(
+        (difference / torch.cat([g.flatten() for g in gradients]).norm()).item()
+    )
 
 
 def test_plots_in_the_report(recorded):

@@ -56,14 +56,15 @@ def leave(module: nn.Module) -> SampledBatchNorm:
     """Make a layer of a method BN again, in place."""
     if not isinstance(module, MethodNorm):
         return group.leave(module)
+    layer: nn.Module = module
     plain_class = module.plain_class
     assert plain_class is not None
     module.leave()
     for name in _STATE:
-        vars(module).pop(name, None)
-    module.__class__ = plain_class
-    assert isinstance(module, SampledBatchNorm)
-    return module
+        vars(layer).pop(name, None)
+    layer.__class__ = plain_class
+    assert isinstance(layer, SampledBatchNorm)
+    return layer
 
 
 def center(model: nn.Module) -> tuple[list[Change], list[Refusal]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,7 @@ class EnhancedBatchNorm(MethodNorm):
     needs_running_statistics = False
     method: EnhancedTransform
     kernel: nn.Parameter
+    weight: Any
 
     def __init__(self, num_features: int, method: EnhancedTransform, *, dimensions: int = 2, **options) -> None:
         self.__dict__["dimensions"] = dimensions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,11 +43,10 @@ def enter(layer: SampledBatchNorm, method: Method) -> None:
 
     Source: Wu and He, Group Normalization, arXiv 1803.08494; Ulyanov et al., arXiv 1607.08022; Ba et al., 1607.06450.
     """
-    module: nn.Module = layer
-    state = vars(layer)
+    module: Any = layer
+    state, plain_class = vars(layer), type(layer)
     kept = {name: state[name] for name in ("num_features", "eps", "momentum", "affine", "track_running_stats")}
     kept["tracks"] = layer.running_mean is not None
-    plain_class = type(layer)
     for name in BUFFERS:
         delattr(layer, name)
     for name in ("statistics", "place", "virtual_mark", "guard_nonfinite", "frozen", "activation"):

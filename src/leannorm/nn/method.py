@@ -134,6 +134,6 @@ def count(input: Tensor) -> int:
     return elements
 
 
-def unbiased(var: Tensor, elements: int) -> Tensor:
+def unbiased(var: Tensor, elements: int | Tensor) -> Tensor:
     """Give the unbiased variance of so many elements from the biased one."""
     return var * (elements / (elements - 1))

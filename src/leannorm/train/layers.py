@@ -67,7 +67,9 @@ class LayerRecorder(Callback):
             if isinstance(layer, _BatchNorm) or has_method(layer):
                 layer.register_forward_hook(_Watch(self, name))
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Look at this step if it, or the one after it, is recorded."""
         step = trainer.global_step
         recorded = step % self.every == 0
