@@ -1,11 +1,11 @@
 """Which statistics a network trained with sampled ones should have at inference: resnet8 on the digits.
 
-    .venv/bin/python experiments/inference_statistics.py    # about 10 minutes on 2 cores; finished runs are not run again
+    .venv/bin/python experiments/inference_statistics.py  # 10 minutes on 2 cores; finished runs are not run again
 
-Compared, for the weights at the end of training: the moving average; the moving average with the variance of the sampled
-mean between steps (``@between_steps``, which changes nothing in training: the weights are the same); statistics
-recalibrated over 40 augmented training batches of what the source itself samples; and the same of all elements. Raw
-results: `benchmarks/results/digits-inference.json`; what they say is in `docs/inference-statistics.md`.
+Compared, for the weights at the end of training: the moving average; the moving average with the variance of the
+sampled mean between steps (``@between_steps``, which changes nothing in training: the weights are the same);
+statistics recalibrated over 40 augmented training batches of what the source itself samples; and those of all elements.
+Raw results: `benchmarks/results/digits-inference.json`; what they say is in `docs/inference-statistics.md`.
 """
 
 import copy

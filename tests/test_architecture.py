@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "graph": {"nn", "records"},
     "quantize": {"nn", "records"},
     "report": {"records"},
-    "train": {"conversion", "nn", "ops", "records", "spelling", "statistics"},
+    "train": {"conversion", "methods", "nn", "ops", "records", "spelling", "statistics"},
     "deploy": {"conversion", "graph", "quantize", "records", "report", "train"},
     "bench": {"activation", "conversion", "nn", "ops", "records", "spelling", "statistics", "train"},
     "cli": {"bench", "deploy", "records", "report", "train"},

@@ -54,7 +54,11 @@ def train(
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 30,
     seed: Annotated[int, typer.Option(help="Same seed: same weights, same data.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images in a batch.")] = 128,
-    learning_rate: Annotated[float, typer.Option(help="Highest rate of the one-cycle schedule.")] = 0.1,
+    learning_rate: Annotated[float, typer.Option(help="Highest rate of the schedule.")] = 0.1,
+    schedule: Annotated[
+        str, typer.Option(help="one-cycle, or drops:50,80 (a tenth from these epochs on).")
+    ] = "one-cycle",
+    accumulate: Annotated[int, typer.Option(help="Batches whose gradients make one step.")] = 1,
     weight_decay: Annotated[float, typer.Option(help="Of all but biases and normalization.")] = 5e-4,
     image_size: Annotated[int | None, typer.Option(help="Resize images to this many pixels.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that decode images.")] = 0,
@@ -81,6 +85,8 @@ def train(
             batch_size=batch_size,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
+            schedule=schedule,
+            accumulate=accumulate,
             image_size=image_size,
             workers=workers,
             accelerator=accelerator,

@@ -88,9 +88,9 @@ class Environment:
 class LayerPoint:
     """What a normalization layer gives in one training step, over all its channels.
 
-    ``mean`` and ``variance`` are those of its output: the mean over channels of |mean|, and of the variance. ``shift`` is
-    how far the channels' means have moved since the step before, ||mean_t - mean_(t-1)|| / ||sigma_t||, None in the first
-    step. ``gradient_norm`` is the 2-norm of the loss's gradient at that output.
+    ``mean`` and ``variance`` are those of its output: the mean over channels of |mean|, and of the variance. ``shift``
+    is how far the channels' means have moved since the step before, ||mean_t - mean_(t-1)|| / ||sigma_t||, None in the
+    first step. ``gradient_norm`` is the 2-norm of the loss's gradient at that output.
     """
 
     step: int

@@ -60,7 +60,8 @@ ALLOWED = (
 
 ALLOWED_METHODS = (
     "gn:32, in, ln, renorm:3, mabn:16, ghost:32, accumulated:4, adaptive, diminishing:1, l1, range:16, bnet:3, "
-    "mixture:2, wageubn:8, masked, none, and their options after @ separated by commas, such as renorm:3@d_max=5,start=5000"
+    "mixture:2, wageubn:8, masked, none, and their options after @ separated by commas, such as "
+    "renorm:3@d_max=5,start=5000"
 )
 
 

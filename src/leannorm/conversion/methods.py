@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -56,7 +58,7 @@ def leave(module: nn.Module) -> SampledBatchNorm:
     """Make a layer of a method BN again, in place."""
     if not isinstance(module, MethodNorm):
         return group.leave(module)
-    layer: nn.Module = module
+    layer: Any = module
     plain_class = module.plain_class
     assert plain_class is not None
     module.leave()

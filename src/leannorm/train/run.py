@@ -17,9 +17,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 import leannorm
+from leannorm.methods import AccumulatedBatch
 from leannorm.records import TrainingRun
 from leannorm.train import checkpoint
-from leannorm.train.configuration import Configuration
+from leannorm.train.configuration import ONE_CYCLE, Configuration
 from leannorm.train.data import ImageData, open_data
 from leannorm.train.environment import environment
 from leannorm.train.layers import TRACE, LayerRecorder
@@ -40,6 +41,8 @@ def train(
     batch_size: int = 128,
     learning_rate: float = 0.1,
     weight_decay: float = 5e-4,
+    schedule: str = ONE_CYCLE,
+    accumulate: int = 1,
     image_size: int | None = None,
     workers: int = 0,
     accelerator: str = "auto",
@@ -62,8 +65,11 @@ def train(
         seed: decides initial weights, order, augmentation, and what is drawn while training.
         out: folder of the results, made where it is missing.
         batch_size: images in a batch.
-        learning_rate: the highest of the one-cycle schedule.
+        learning_rate: the highest of the schedule.
         weight_decay: of all parameters but biases and those of normalization.
+        schedule: "one-cycle", or "drops:50,80" for a tenth of the rate from these epochs on.
+        accumulate: batches whose gradients make one step of the optimiser; an epoch leaves out the batches of a last
+            step that would have fewer.
         image_size: resize images to this many pixels; None keeps their own size.
         workers: processes that decode images.
         accelerator: Lightning's name of the device: "cpu", "gpu", "auto", ...
@@ -99,7 +105,16 @@ def train(
         classes=images.classes,
         training_images=images.training_images,
         preprocessing=images.preprocessing,
+        schedule=schedule,
+        accumulate=accumulate,
     )
+    if isinstance(source, AccumulatedBatch) and source.steps != accumulate:
+        raise ValueError(
+            f"{source} pools {source.steps} batches a step, got accumulate={accumulate}: give both the same"
+        )
+    batches = len(images.train_dataloader())
+    if batches < accumulate:
+        raise ValueError(f"an epoch has {batches} batches: fewer than the {accumulate} to accumulate over")
     L.seed_everything(seed, verbose=False)
     network = checkpoint.build(configuration)
     _check_logits(network, configuration)
@@ -127,6 +142,8 @@ def train(
         accelerator=accelerator,
         devices=1,
         max_epochs=epochs,
+        accumulate_grad_batches=accumulate,
+        limit_train_batches=batches // accumulate * accumulate,
         callbacks=callbacks,
         # steps that a killed run logged after its last checkpoint are hidden from the resumed one
         logger=TensorBoardLogger(out, TENSORBOARD, "", default_hp_metric=False, purge_step=step),
