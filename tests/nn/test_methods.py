@@ -273,6 +273,53 @@ def test_recalibration_pools_exact_statistics_or_refuses(spelling):
     assert not model.bn1.exact
 
 
+def test_recalibration_goes_through_the_convolution_of_bnet():
+    model = converted("bnet:3")
+    nn.init.normal_(model.bn1.kernel)
+    batches = [arguments("", seed)[0] for seed in range(3)]
+    seen = []
+    model.bn2.register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
+    leannorm.recalibrate(model, batches)
+    pooled = torch.cat(seen)
+    torch.testing.assert_close(model.bn2.running_mean, pooled.mean([0, 2]))
+    with torch.no_grad():
+        y = model.conv1(batches[2])
+        normalized = (y - y.mean([0, 2], keepdim=True)) / (y.var([0, 2], correction=0, keepdim=True) + 1e-5).sqrt()
+        convolved = nn.functional.conv1d(normalized, model.bn1.kernel, model.bn1.bias, padding=1, groups=8)
+    torch.testing.assert_close(seen[2], model.conv2(torch.relu(convolved)))
+
+
+def test_converting_a_part_leaves_the_other_methods_whole():
+    def first(module, name):
+        return name == "bn1"
+
+    model = converted("masked")
+    leannorm.convert(model, leannorm.FullBatch(), filter_fn=first)
+    call(model, "masked")
+    model = converted("mabn:2")
+    leannorm.convert(model, leannorm.FullBatch(), filter_fn=first)
+    assert type(model.conv2).__name__ == "CenteredConv1d"
+    leannorm.convert(model, leannorm.FullBatch())
+    assert type(model.conv2) is nn.Conv1d
+
+
+def test_timms_layer_keeps_its_activation_with_a_method():
+    from leannorm.train.models import import_torchvision
+
+    import_torchvision()
+    norm_act = pytest.importorskip("timm.layers.norm_act")
+    layer = norm_act.BatchNormAct2d(3, act_layer=nn.ReLU, inplace=False)
+    model = nn.Sequential(layer)
+    x = torch.randn(4, 3, 6, 6)
+    expected = torch.relu(leannorm.nn.GhostBatchNorm(3, leannorm.GhostBatch(2))(x))
+    leannorm.convert(model, leannorm.GhostBatch(2))
+    torch.testing.assert_close(model(x), expected)
+    _, report = leannorm.convert(model, leannorm.GroupNormalization(3))
+    assert "applies relu" in report.refusals[0].reason
+    leannorm.revert(model)
+    assert type(layer) is norm_act.BatchNormAct2d
+
+
 @pytest.mark.parametrize("spelling", WITH_LAYER)
 def test_empty_batches_pass_and_move_nothing(spelling):
     layer = trained(spelling).bn1

@@ -69,7 +69,7 @@ def _kept(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for layer in methods:
-            del layer.exact
+            vars(layer).pop("exact", None)
         for layer, source in zip(layers, sources, strict=True):
             layer.statistics = source
         for buffer, before in buffers:

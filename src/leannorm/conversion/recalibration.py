@@ -83,7 +83,7 @@ class _Pool:
         if isinstance(self.layer, SampledBatchNorm):
             self.layer.guard_nonfinite = self.guard
         if isinstance(self.layer, MethodNorm):
-            del self.layer.exact
+            vars(self.layer).pop("exact", None)
         if self.layer.num_batches_tracked is not None and self.tracked is not None:
             self.layer.num_batches_tracked.copy_(self.tracked)
 

@@ -15,11 +15,12 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from leannorm.activation import activation_of
 from leannorm.conversion import methods
-from leannorm.methods import MaskedSequences, Method, MovingAverageNormalization
+from leannorm.methods import Method
 from leannorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, fused
 from leannorm.nn.batchnorm import SampledBatchNorm
 from leannorm.nn.entry import detach_entries
 from leannorm.nn.masked import LengthEntry, LengthMark, MaskedBatchNorm
+from leannorm.nn.moving_average import MovingAverageBatchNorm
 from leannorm.nn.virtual import VirtualEntry, VirtualMark
 from leannorm.records import Change, Refusal, TransformReport
 from leannorm.statistics import FullBatch, Statistics, VirtualDataset, WeightedSum
@@ -92,7 +93,6 @@ def convert(
     if chosen:
         _check_virtual(target, virtual, left)
     mark = VirtualMark() if virtual else None
-    lengths = LengthMark()
     for name, module in chosen:
         before = getattr(module, "target", None) or getattr(module, "method", "full")
         layer = methods.leave(module) if methods.has_method(module) else adopt(module)
@@ -106,20 +106,28 @@ def convert(
             methods.enter(layer, target)
         else:
             layer.statistics = target
-        if isinstance(layer, MaskedBatchNorm):
-            layer.length_mark = lengths
         changes.append(Change(name, f"statistics {before} -> {target}"))
     if changes:
         detach_entries(model)
-        changes += methods.settle(model)
-    if changes and isinstance(target, Statistics) and mark is not None:
-        VirtualEntry(_virtual_part(target), mark).attach(model)
-    if changes and isinstance(target, MaskedSequences):
-        LengthEntry(lengths).attach(model)
-    if changes and isinstance(target, MovingAverageNormalization):
-        centered, kept = methods.center(model)
-        changes, refusals = changes + centered, refusals + kept
+        _attach_lengths(model)
+        if isinstance(target, Statistics) and mark is not None:
+            VirtualEntry(_virtual_part(target), mark).attach(model)
+        if any(isinstance(module, MovingAverageBatchNorm) for module in model.modules()):
+            centered, kept = methods.center(model)
+            changes, refusals = changes + centered, refusals + kept
+        else:
+            changes += methods.settle(model)
     return model, TransformReport(tuple(changes), tuple(refusals))
+
+
+def _attach_lengths(model: nn.Module) -> None:
+    """Let a model's call show lengths to its masked layers, if it has any."""
+    masked = [module for module in model.modules() if isinstance(module, MaskedBatchNorm)]
+    mark = LengthMark()
+    for layer in masked:
+        layer.length_mark = mark
+    if masked:
+        LengthEntry(mark).attach(model)
 
 
 def _why_not(module: nn.Module, target: Statistics | Method) -> str | None:

@@ -77,6 +77,8 @@ class EnhancedBatchNorm(MethodNorm):
             self._track(mean, var * regions.unbiased)
         return self._convolve(y, residual, activation)
 
+    _exact_forward = _normalize
+
     def _eval_forward(self, input: Tensor, residual: Tensor | None, activation: str | Activation | None) -> Tensor:
         y = functional.normalize(input, self.running_mean, self.running_var, eps=self.eps)
         return self._convolve(y, residual, activation)

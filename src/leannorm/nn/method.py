@@ -90,13 +90,15 @@ class MethodNorm(SampledBatchNorm):
 
     def _train_forward(self, input: Tensor, residual: Tensor | None, activation: str | Activation | None) -> Tensor:
         if self.exact or input.numel() == 0:
-            return super()._train_forward(input, residual, activation)
+            return self._exact_forward(input, residual, activation)
         if self.reads_state and recomputing():
             raise RuntimeError(
                 f"a layer with {self.method} computes with what earlier batches left, and that has moved since the "
                 "forward that is recomputed here: leave the layer out of activation checkpointing"
             )
         return self._normalize(input, residual, activation)
+
+    _exact_forward = SampledBatchNorm._train_forward
 
     def _normalize(self, input: Tensor, residual: Tensor | None, activation: str | Activation | None) -> Tensor:
         raise NotImplementedError
