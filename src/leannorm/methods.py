@@ -16,7 +16,10 @@ class Method:
     """A way to normalize.
 
     ``name`` spells it. A field that can be given by position follows the name (``ghost:32``); the others follow where
-    they are not as by default (``renorm:3@d_max=4``).
+    they are not as by default.
+
+    >>> str(GhostBatch(16)), str(BatchRenormalization(3, d_max=4)), str(LayerNormalization())
+    ('ghost:16', 'renorm:3@d_max=4', 'ln')
     """
 
     name: ClassVar[str]

@@ -175,6 +175,13 @@ def test_accumulated_moments_are_those_of_the_whole_batch():
         assert layer.num_batches_tracked == step + 1
 
 
+def test_a_nan_is_gone_with_the_step_that_met_it():
+    layer = nn.AccumulatedBatchNorm(1, leannorm.AccumulatedBatch(2), guard_nonfinite=True)
+    assert layer(torch.full((4, 1), float("nan"))).isnan().all()
+    assert layer(torch.randn(4, 1)).isnan().all(), "pooled with the micro-batch before"
+    assert layer(torch.randn(4, 1)).isfinite().all()
+
+
 def test_adaptive_momentum_formula_and_training():
     layer = layer_of(nn.AdaptiveBatchNorm, leannorm.AdaptiveMomentum(learning_rate=0.5))
     plain = torch.nn.BatchNorm2d(3, dtype=torch.float64)

@@ -53,8 +53,12 @@ class AccumulatedBatchNorm(MomentsNorm):
     def _moments(self, input: Tensor) -> tuple[Tensor, Tensor]:
         elements, dtype = count(input), accumulation_dtype(input.dtype)
         var, mean = torch.var_mean(input.to(dtype), reduced_dimensions(input), correction=0)
-        earlier = [functional.snapshot(buffer).to(dtype) for buffer in (self.accumulated_mean, self.accumulated_var)]
-        total = torch.where(self.micro_batch == 0, 0, self.accumulated_count) + elements
+        first = self.micro_batch == 0
+        earlier = [
+            functional.snapshot(torch.where(first, 0.0, buffer)).to(dtype)
+            for buffer in (self.accumulated_mean, self.accumulated_var)
+        ]
+        total = torch.where(first, 0, self.accumulated_count) + elements
         share = functional.snapshot(elements / total.to(dtype))
         delta = mean - earlier[0]
         mean = torch.lerp(earlier[0], mean, share)
