@@ -20,7 +20,12 @@ class Paired:
 
     @property
     def verdict(self) -> str:
-        """Say "above" or "below" where the interval leaves 0 out, else that the seeds do not resolve it."""
+        """Say "above" or "below" where the interval leaves 0 out, else that the seeds do not resolve it.
+
+        "identical" is for trainings that gave the same in every seed, to the last digit.
+        """
+        if self.mean == self.half_width == 0:
+            return "identical"
         if abs(self.mean) <= self.half_width:
             return "not resolved"
         return "above" if self.mean > 0 else "below"

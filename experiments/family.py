@@ -1,6 +1,6 @@
 """All methods at batch 64, against exact BN."""
 
-from trials import Arm, Scale
+from trials import Arm, Scale, batch_renorm
 
 TITLE = "The family of methods"
 INTRO = "Every method of `leannorm.methods` at batch 64, and the sources that serve best."
@@ -11,9 +11,8 @@ SPELLINGS = (
 
 
 def arms(scale: Scale) -> tuple[Arm, ...]:
-    """Give BN and each method; ramps of batch renorm as short as the training."""
-    steps = scale.epochs * scale.images // 64
-    short = {"renorm:3": f"renorm:3@start={steps // 10},r_end={steps // 2},d_end={steps // 3}"}
+    """Give BN and each method; the schedule of batch renorm is as short as the training."""
+    short = {"renorm:3": batch_renorm(scale, 64)}
     methods = (Arm(name, short.get(name, name), "BN", batch_size=64) for name in SPELLINGS)
     accumulated = Arm("accumulated:4, batch 16", "accumulated:4", "BN", batch_size=16, accumulate=4)
     return (Arm("BN", "full", batch_size=64), *methods, accumulated)

@@ -3,14 +3,14 @@
 The learning rate goes down in proportion with the batch; accumulated moments take steps of 32 images.
 """
 
-from trials import Arm, Scale
+from trials import Arm, Scale, batch_renorm
 
 TITLE = "Micro-batches"
 INTRO = "Batches of 1 to 32 images, all with the same number of epochs, against exact BN at the same batch."
 BATCHES = {"cpu": (2, 4, 32), "full": (1, 2, 4, 8, 32), "tiny": (128, 512)}
 METHODS = {
     "GN": "gn:32",
-    "batch renorm": "renorm:3",
+    "batch renorm": "",  # with a schedule as short as the training
     "MABN": "mabn:16",
     "VDN 1": "vdn:1",
     "FS 1/32 + VDN 1": "fs:1/32+vdn:1",
@@ -29,6 +29,8 @@ def arms(scale: Scale) -> tuple[Arm, ...]:
         for name, spelling in METHODS.items():
             if name == "ghost" and batch <= 16:
                 continue  # one chunk: BN
+            if name == "batch renorm":
+                spelling = batch_renorm(scale, batch)
             paper = PAPER.get(name, "") if batch == 2 else ""
             found.append(Arm(f"{name}, batch {batch}", spelling, bn, paper, batch_size=batch))
         steps = STEP // batch

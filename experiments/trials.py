@@ -108,6 +108,12 @@ class Trial:
         return statistics.fmean(epoch.validation_accuracy for epoch in self.run.history[-last:])
 
 
+def batch_renorm(scale: Scale, batch_size: int) -> str:
+    """Spell batch renorm with a schedule as long as the training: the published one outlasts short trainings."""
+    steps = scale.epochs * (scale.images // batch_size)
+    return f"renorm:3@start={steps // 10},r_end={steps // 2},d_end={steps // 3}"
+
+
 def prepare(scale: Scale, archive: Path = ARCHIVE) -> None:
     """Unpack CIFAR-10 and link the scale's share of its training images, once.
 

@@ -75,7 +75,7 @@ def test_paired_interval():
     assert found.verdict == "not resolved"
     assert comparison.paired([0.02, 0.021, 0.019]).verdict == "above"
     assert comparison.paired([-0.02, -0.021, -0.019]).verdict == "below"
-    assert comparison.paired([0.0, 0.0]).verdict == "not resolved"
+    assert comparison.paired([0.0, 0.0]).verdict == "identical"
     assert comparison.paired([0.5]) == comparison.Paired(0.5, math.inf, 1)
     assert comparison.paired([0.5]).verdict == "not resolved"
 
