@@ -65,6 +65,7 @@ class LayerRecorder(Callback):
             }
         for name, layer in pl_module.model.named_modules():  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
             if isinstance(layer, _BatchNorm) or has_method(layer):
+                self.layers.setdefault(name, [])  # in the model's order: gradients come in the reverse one
                 layer.register_forward_hook(_Watch(self, name))
 
     def on_train_batch_start(
@@ -73,6 +74,9 @@ class LayerRecorder(Callback):
         """Look at this step if it, or the one after it, is recorded."""
         step = trainer.global_step
         recorded = step % self.every == 0
+        if batch_idx % trainer.accumulate_grad_batches:  # one batch stands for the step
+            self._batch = self._step = None
+            return
         self._batch = batch if recorded else None
         self._step = step if recorded or (step + 1) % self.every == 0 else None
 
@@ -113,7 +117,7 @@ class LayerRecorder(Callback):
         means = mean.abs().mean().item(), var.mean().item()
 
         def keep(gradient: Tensor) -> None:
-            self.layers.setdefault(name, []).append(LayerPoint(step, *means, shift, gradient.double().norm().item()))
+            self.layers[name].append(LayerPoint(step, *means, shift, gradient.double().norm().item()))
 
         output.register_hook(keep)
 
@@ -133,13 +137,11 @@ class _Watch:
 
 @contextmanager
 def _unchanged(module: nn.Module) -> Iterator[None]:
-    """Put back parameters, gradients, buffers and random generators."""
+    """Put back parameters, gradients and buffers."""
     kept = [(p, p.detach().clone(), None if p.grad is None else p.grad.clone()) for p in module.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    devices = [p.device for p in module.parameters() if p.is_cuda][:1]
     try:
-        with torch.random.fork_rng(devices=devices):
-            yield
+        yield
     finally:
         with torch.no_grad():
             for parameter, value, gradient in kept:
@@ -154,17 +156,19 @@ def _smoothness(model: nn.Module, batch: tuple[Tensor, Tensor], step: int, lengt
     parameters = [p for p in model.parameters() if p.grad is not None]
     values = [p.detach().clone() for p in parameters]
     state = copy.deepcopy(dict(model.named_buffers()))
-    generator = torch.get_rng_state()
+    devices = [p.device for p in parameters if p.is_cuda][:1]
 
     def at(a: float) -> Tensor:
         """Give the loss at w - a g, from the same state each time."""
-        torch.set_rng_state(generator)
         with torch.no_grad():
             for parameter, value, gradient in zip(parameters, values, gradients, strict=True):
                 parameter.copy_(value - a * gradient)
             for name, buffer in model.named_buffers():
                 buffer.copy_(state[name])
-        return F.cross_entropy(model(images), labels)
+        with torch.random.fork_rng(
+            devices=devices
+        ):  # what it draws is the same each time, and the training's own after
+            return F.cross_entropy(model(images), labels)
 
     gradients = [torch.zeros_like(p) for p in parameters]
     here = at(0.0)
