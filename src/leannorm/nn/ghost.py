@@ -36,7 +36,7 @@ class GhostBatchNorm(MethodNorm):
         size, larger = divmod(input.shape[0], chunks)
         x = input.to(accumulation_dtype(input.dtype))
         dimensions = [1, *range(3, input.ndim + 1)]
-        normalized, means, variances, shares = [], [], [], []
+        normalized, moments = [], []
         for part, length in ((x[: larger * (size + 1)], size + 1), (x[larger * (size + 1) :], size)):
             if part.shape[0] == 0:
                 continue
@@ -45,14 +45,11 @@ class GhostBatchNorm(MethodNorm):
             chunked = part.unflatten(0, (-1, length))
             var, mean = torch.var_mean(chunked, dimensions, correction=0, keepdim=True)
             normalized.append(((chunked - mean) * torch.rsqrt(var + self.eps)).flatten(0, 1))
-            means.append(mean.detach().flatten(1))
-            variances.append(var.detach().flatten(1))
-            shares += [length / input.shape[0]] * chunked.shape[0]
+            moments.append((length / input.shape[0], mean.detach().flatten(1), var.detach().flatten(1)))
         if self._counts(input):
-            share = x.new_tensor(shares)[:, None]
-            mean = (share * torch.cat(means)).sum(0)
-            var = (share * (torch.cat(variances) + (torch.cat(means) - mean) ** 2)).sum(0)
-            self._track(mean, unbiased(var, count(input)))
+            whole = torch.stack([share * mean.sum(0) for share, mean, _ in moments]).sum(0)
+            spread = [share * (var + (mean - whole) ** 2).sum(0) for share, mean, var in moments]
+            self._track(whole, unbiased(torch.stack(spread).sum(0), count(input)))
         return functional.transform(
             torch.cat(normalized), input, self.weight, self.bias, residual=residual, activation=activation
         )
