@@ -1,6 +1,7 @@
 """The page of an experiment: a table with the paper's numbers beside ours, the curves, and what they were made with."""
 
 import io
+import re
 import statistics
 import warnings
 from pathlib import Path
@@ -79,7 +80,9 @@ def plot(title: str, arms: tuple[Arm, ...], found: list[Trial]) -> str:
             ]
             style = ("-", "--", ":", "-.")[i // 10 % 4]
             axes.plot(range(1, len(curve) + 1), curve, style, color=f"C{i % 10}", linewidth=1.2, label=arm.name)
-    axes.set(title=title, xlabel="epoch", ylabel="validation accuracy, %")
+            if re.fullmatch(r"0\.\d+", arm.paper):
+                axes.plot(len(curve), 100 * float(arm.paper), "*", color=f"C{i % 10}", markersize=9)
+    axes.set(title=title, xlabel="epoch", ylabel="validation accuracy, %; stars: the paper's, at the end")
     axes.grid(alpha=0.3)
     if axes.has_data():
         figure.legend(loc="outside right upper", fontsize="x-small")

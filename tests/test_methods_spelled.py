@@ -51,7 +51,7 @@ def test_spellings_are_read_back(data):
         ("mixture:0", "components must be at least 1"),
         ("wageubn:1", "bits must be at least 2"),
         ("ghost:3+grid:1/4", "allowed are"),
-        ("grid:1/4+ghost:3", "'ghost' is a method, which stands alone"),
+        ("grid:1/4+ghost:3", "'ghost' is a method, which cannot be added"),
         ("gnn:3", r"is not a source, nor a method \(gn, in"),
     ],
 )

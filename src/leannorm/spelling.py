@@ -141,7 +141,7 @@ def _parse_term(term: str, text: str) -> tuple[float | None, Statistics]:
     if head == "full" and not tail:
         return share, FullBatch()
     if name in METHODS:
-        raise _error(text, f"{name!r} is a method, which stands alone and where no source alone is asked for")
+        raise _error(text, f"{name!r} is a method, which cannot be added to sources (leannorm.parse_target reads it)")
     if name not in _SOURCES:
         raise _error(text, f"{name!r} is not a source, nor a method ({', '.join(METHODS)})")
     cls, flags, integers = _SOURCES[name]
