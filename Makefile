@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ENVIRONMENT := .venv/.installed
 
-.PHONY: env demo test test-full lint clean
+.PHONY: env demo test test-full lint reproduce clean
 
 env: $(ENVIRONMENT)
 
@@ -34,6 +34,11 @@ test: lint
 # The checks of minutes each.
 test-full: env
 	$(BIN)/pytest -n 2 -m slow
+
+# One of the paper's tables beside ours: EXPERIMENT=convergence, micro-batch, family, speed or placement; SCALE=cpu or full.
+SCALE ?= cpu
+reproduce: env
+	$(BIN)/python experiments/reproduce.py $(EXPERIMENT) --scale $(SCALE)
 
 clean:
 	rm -rf .venv build runs

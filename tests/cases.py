@@ -11,6 +11,27 @@ from leannorm import Activation, parse_statistics
 
 SOURCES = ("full", "ns:1/4", "bs:1/4", "fs:1/8", "fs:1/8@step", "grid:1/8", "grid:1/8@step", "fs:1/8@step+vdn:1")
 SOURCES += ("0.75*grid:1/4+0.25*bs:1/2",)
+METHODS = (
+    "gn:2",
+    "in",
+    "ln",
+    "renorm:3@start=1,r_end=4,d_end=3",
+    "mabn:2@warmup=2,r_start=3",
+    "ghost:3",
+    "accumulated:2",
+)
+METHODS += (
+    "adaptive",
+    "diminishing:1",
+    "diminishing:0.5",
+    "l1",
+    "range:4",
+    "bnet:3",
+    "mixture:2",
+    "wageubn:8",
+    "masked",
+    "none",
+)
 ACTIVATIONS = (
     None,
     Activation("relu"),

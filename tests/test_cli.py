@@ -131,6 +131,19 @@ def test_report_compares_deployments_on_one_page(tmp_path, deployment):
     assert "grid:1/4" in result.stdout
 
 
+def test_report_draws_the_layers_that_were_recorded_beside_the_checkpoint(tmp_path, deployment):
+    shipped = dataclasses.replace(deployment, checkpoint=str(tmp_path / "best.ckpt"))
+    records.write(tmp_path / "report.json", shipped)
+    points = (records.LayerPoint(0, 0.1, 1.0, None, 2.0), records.LayerPoint(9, 0.1, 1.0, 0.5, 2.0))
+    trace = records.TrainingTrace("grid:1/4", (records.LayerTrace("bn", points),), ())
+    records.write(tmp_path / "layers.json", trace)
+    page = tmp_path / "page.html"
+    result = CliRunner().invoke(cli.main, ["report", str(tmp_path), "--out", str(page)])
+    assert result.exit_code == 0, result.output
+    assert "Layers while training" in page.read_text()
+    assert "0.5 at step 9" in page.read_text()
+
+
 def test_report_of_a_folder_without_one(tmp_path):
     result = CliRunner().invoke(cli.main, ["report", str(tmp_path), "--out", str(tmp_path / "page.html")])
     assert result.exit_code == 2

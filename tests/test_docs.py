@@ -13,6 +13,7 @@ import leannorm
 NAMES = [
     "activation",
     "functional",
+    "methods",
     "spelling",
     "nn.batchnorm",
     "conversion.swap",

@@ -46,16 +46,26 @@ def train(
         typer.Option(help="Folder for checkpoints, metrics and logs; runs/MODEL-DATA-STATISTICS if left out."),
     ] = None,
     statistics: Annotated[
-        str, typer.Option(help="Where batch statistics come from: full, grid:1/32, fs:1/32, fs:1/32+vdn:1, ...")
+        str,
+        typer.Option(
+            help="Source of statistics or method: full, grid:1/32, fs:1/32+vdn:1, gn:32, renorm:3, ghost:32, ..."
+        ),
     ] = "full",
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 30,
     seed: Annotated[int, typer.Option(help="Same seed: same weights, same data.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images in a batch.")] = 128,
-    learning_rate: Annotated[float, typer.Option(help="Highest rate of the one-cycle schedule.")] = 0.1,
+    learning_rate: Annotated[float, typer.Option(help="Highest rate of the schedule.")] = 0.1,
+    schedule: Annotated[
+        str, typer.Option(help="one-cycle, or drops:50,80 (a tenth from these epochs on).")
+    ] = "one-cycle",
+    accumulate: Annotated[int, typer.Option(help="Batches whose gradients make one step.")] = 1,
     weight_decay: Annotated[float, typer.Option(help="Of all but biases and normalization.")] = 5e-4,
     image_size: Annotated[int | None, typer.Option(help="Resize images to this many pixels.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that decode images.")] = 0,
     accelerator: Annotated[str, typer.Option(help="cpu, gpu, auto, ...")] = "auto",
+    record_layers: Annotated[
+        int | None, typer.Option(help="Record layers and loss every so many steps, for the report's plots.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last finished epoch in --out.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -75,9 +85,12 @@ def train(
             batch_size=batch_size,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
+            schedule=schedule,
+            accumulate=accumulate,
             image_size=image_size,
             workers=workers,
             accelerator=accelerator,
+            record_layers=record_layers,
             resume=resume,
             overwrite=overwrite,
             progress=True,
@@ -129,7 +142,9 @@ def report(
             raise FileExistsError(f"{out} exists: --overwrite replaces it")
         deployments = [records.read(records.Deployment, run / "report.json") for run in runs]
         out.parent.mkdir(parents=True, exist_ok=True)
-        records.write_text(out, html.page(deployments))
+        recorded = [Path(deployment.checkpoint).parent / "layers.json" for deployment in deployments]
+        traces = [records.read(records.TrainingTrace, path) if path.exists() else None for path in recorded]
+        records.write_text(out, html.page(deployments, traces=traces))
         rich.print(text.summary(deployments))
         typer.echo(f"page: {out}")
 

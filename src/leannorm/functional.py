@@ -10,7 +10,7 @@ from torch import Tensor
 
 import leannorm.backends  # noqa: F401 - registers the kernels of torch.ops.leannorm
 from leannorm.activation import Activation, as_activation
-from leannorm.ops import autograd
+from leannorm.ops import autograd, definition
 from leannorm.ops.conv_batch_norm import memory_format, output_shape
 from leannorm.ops.definition import activate
 from leannorm.statistics import FullBatch, Regions, Statistics
@@ -143,6 +143,48 @@ def conv_batch_norm(
     return y, mean if conv_bias is None else mean + conv_bias.detach(), var
 
 
+def moments(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Give mean and biased variance of all elements of each channel, (C,), without a gradient.
+
+    Raises:
+        TypeError: for an input that is not floating.
+        ValueError: for an input without channels.
+    """
+    _check(input.shape, input.dtype, None, None, None)
+    return torch.ops.leannorm.moments(input.detach(), None, [], [])
+
+
+def snapshot(state: Tensor) -> Tensor:
+    """Copy a buffer, or what was computed from one, for a gradient: the buffer may change before the backward pass.
+
+    A plain copy does not do in `torch.compile`, which may compute it anew in the backward pass.
+    """
+    return torch.ops.leannorm.snapshot(state.detach())
+
+
+def normalize_by(
+    input: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    activation: str | Activation | None = None,
+) -> Tensor:
+    """Normalize with given statistics through which gradients flow; computed in their dtype. Arguments as `batch_norm`.
+
+    Raises:
+        TypeError: for an input that is not floating.
+        ValueError: for shapes or dtypes that do not fit.
+    """
+    _check(input.shape, input.dtype, weight, bias, residual)
+    act = as_activation(activation)
+    kind, parameters = (act.kind, act.parameters) if act else ("", ())
+    return definition.normalize(input, mean, var, weight, bias, residual, eps, kind, parameters)
+
+
 def normalize(
     input: Tensor,
     running_mean: Tensor | None,
@@ -176,6 +218,27 @@ def normalize(
     return activate(y, act.kind, act.parameters) if act else y
 
 
+def transform(
+    normalized: Tensor,
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str | Activation | None = None,
+) -> Tensor:
+    """Scale, shift, add a residual and activate what another method has normalized; like ``input``.
+
+    Raises:
+        TypeError: for an input that is not floating.
+        ValueError: for shapes or dtypes that do not fit.
+    """
+    _check(input.shape, input.dtype, weight, bias, residual)
+    act = as_activation(activation)
+    kind, parameters = (act.kind, act.parameters) if act else ("", ())
+    return definition.transform(normalized, weight, bias, residual, kind, parameters).to(input.dtype)
+
+
 def _check(
     shape: Sequence[int], dtype: torch.dtype, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> None:
@@ -200,12 +263,17 @@ def _check_regions(regions: Regions, shape: Sequence[int], eps: float) -> None:
     if not eps > 0:
         raise ValueError(f"batch_norm eps must be positive, got {eps}")
     if regions.inverse_count >= 1 and 0 not in shape:
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {tuple(shape)}: the variance "
-            "of one element is 0. Use GroupNorm, batch renormalization, or virtual samples "
-            "(leannorm.convert(model, leannorm.VirtualDataset(1))), or a larger batch"
-        )
+        raise one_element(shape)
 
 
 def _draw(regions: Regions, input: Tensor) -> Tensor | None:
     return torch.randint(0, 2**62, (regions.draws,), device=input.device) if regions.draws else None
+
+
+def one_element(shape: Sequence[int]) -> ValueError:
+    """Make the error for statistics of a single element a channel."""
+    return ValueError(
+        f"Expected more than 1 value per channel when training, got input size {tuple(shape)}: the variance "
+        "of one element is 0. Use GroupNorm, batch renormalization, or virtual samples "
+        "(leannorm.convert(model, leannorm.VirtualDataset(1))), or a larger batch"
+    )

@@ -101,6 +101,54 @@ class Environment:
 
 
 @dataclass(frozen=True)
+class LayerPoint:
+    """What a normalization layer gives in one training step, over all its channels.
+
+    ``mean`` and ``variance`` are those of its output: the mean over channels of |mean|, and of the variance. ``shift``
+    is how far the channels' means have moved since the step before, ||mean_t - mean_(t-1)|| / ||sigma_t||, None in the
+    first step. ``gradient_norm`` is the 2-norm of the loss's gradient at that output.
+    """
+
+    step: int
+    mean: float
+    variance: float
+    shift: float | None
+    gradient_norm: float
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """A layer's points, by its qualified name."""
+
+    layer: str
+    points: tuple[LayerPoint, ...]
+
+
+@dataclass(frozen=True)
+class SmoothnessPoint:
+    """The loss of one batch along its own gradient, w - a g.
+
+    ``lowest`` and ``highest`` are the extremes over the lengths a; ``gradient_change`` is ||g(w - a g) - g|| / ||g|| at
+    the training's own step length.
+    """
+
+    step: int
+    loss: float
+    lowest: float
+    highest: float
+    gradient_change: float
+
+
+@dataclass(frozen=True)
+class TrainingTrace:
+    """What the layers and the loss did while training."""
+
+    statistics: str
+    layers: tuple[LayerTrace, ...]
+    smoothness: tuple[SmoothnessPoint, ...]
+
+
+@dataclass(frozen=True)
 class Verification:
     """How far a candidate is from its reference on the same batches.
 

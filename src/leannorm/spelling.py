@@ -1,11 +1,13 @@
-"""The command line's spelling of statistics sources: `parse_statistics(str(source)) == source`."""
+"""The command line's spelling of what `leannorm.convert` takes: `parse_target(str(target)) == target`."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+from leannorm.methods import METHODS, Method
 from leannorm.sampling import BatchSampling, FeatureSampling, GridSampling, NaiveSampling
 from leannorm.statistics import FullBatch, Statistics, VirtualDataset, WeightedSum
 
@@ -48,6 +50,56 @@ ALLOWED = (
 )
 
 
+ALLOWED_METHODS = (
+    "gn:32, in, ln, renorm:3, mabn:16, ghost:32, accumulated:4, adaptive, diminishing:1, l1, range:16, bnet:3, "
+    "mixture:2, wageubn:8, masked, none, and their options after @ separated by commas, such as "
+    "renorm:3@d_max=5,start=5000"
+)
+
+
+def parse_target(text: str) -> Statistics | Method:
+    """Read a source of statistics or a method from its spelling.
+
+    >>> parse_target("ghost:32"), parse_target("renorm:3@d_max=4"), parse_target("full")
+    (GhostBatch(samples=32), BatchRenormalization(r_max=3.0, d_max=4.0, start=5000, r_end=40000, d_end=25000),
+    FullBatch())
+
+    Raises:
+        ValueError: for anything that is not a spelling; says what is wrong and what is allowed.
+    """
+    head, at, tail = text.strip().partition("@")
+    name, colon, amount = head.partition(":")
+    if name not in METHODS:
+        return parse_statistics(text)
+    fields = dataclasses.fields(METHODS[name])
+    given = {field.name: amount for field in fields if colon and not field.kw_only}
+    if bool(colon) != bool(given) or (colon and not amount):
+        raise _method_error(text, f"{name} takes no {amount!r}")
+    options = {field.name for field in fields if field.kw_only}
+    for option in tail.split(",") if at else ():
+        key, equals, value = option.partition("=")
+        if not equals or key not in options:
+            raise _method_error(text, f"{name} has no option {option!r}")
+        given[key] = value
+    kinds = {field.name: field.type for field in fields}
+    try:
+        return METHODS[name](**{key: _value(value, kinds[key], text) for key, value in given.items()})
+    except (TypeError, ValueError) as error:
+        raise _method_error(text, str(error)) from None
+
+
+def _value(text: str, kind: Any, whole: str) -> float:
+    if kind == "float":
+        return _number(text, whole)
+    if not text.isdecimal():
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def _method_error(text: str, reason: str) -> ValueError:
+    return ValueError(f"method {text!r}: {reason}; allowed are {ALLOWED_METHODS}")
+
+
 def parse_statistics(text: str) -> Statistics:
     """Read a statistics source from its spelling.
 
@@ -80,8 +132,10 @@ def _parse_term(term: str, text: str) -> tuple[float | None, Statistics]:
     share = _number(weight, text) if star else None
     if head == "full" and not tail:
         return share, FullBatch()
+    if name in METHODS:
+        raise _error(text, f"{name!r} is a method, which cannot be added to sources (leannorm.parse_target reads it)")
     if name not in _SOURCES:
-        raise _error(text, f"{name!r} is not a source")
+        raise _error(text, f"{name!r} is not a source, nor a method ({', '.join(METHODS)})")
     cls, flags, integers = _SOURCES[name]
     fields: dict[str, Any] = {}
     for option in filter(None, tail.split(",")):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leannorm.records import Deployment, TransformReport
+from leannorm.records import Deployment, LayerPoint, LayerTrace, SmoothnessPoint, TrainingTrace, TransformReport
 from leannorm.report.html import page
 
 EVIL = "<script>alert(1)</script>\"&' $x_1$ _{{ 7*7 }} \x1b[31m\x00\ud800\u202e]]> \u4e2d"
@@ -53,6 +53,25 @@ def test_the_page_is_balanced_and_needs_nothing_from_outside(deployment, parse):
     assert set(re.findall(r"url\(#([^)]*)\)", html)) <= set(identities)
     assert "http" not in html.replace("http-equiv", "")
     assert "@import" not in html
+
+
+def trace(statistics):
+    points = (LayerPoint(0, 0.25, 1.5, None, 3.5), LayerPoint(20, 0.125, 1.25, 0.375, math.nan))
+    smoothness = (SmoothnessPoint(0, 2.3, 2.25, 2.4, 0.5), SmoothnessPoint(20, 1.3, 1.25, 1.4, 0.75))
+    return TrainingTrace(statistics, tuple(LayerTrace(f"bn{i}", points) for i in range(3)), smoothness)
+
+
+def test_recorded_layers_are_drawn_for_those_that_have_them(deployment, parse):
+    others = [deployment, named(deployment, "grid:1/8"), named(deployment, "none")]
+    parsed = parse(page(others, traces=[trace("full"), None, trace("none")]))
+    identities = parsed.values("id")
+    assert len(set(identities)) == len(identities)
+    assert sum(name.startswith("layers-") for name in identities if name.endswith("-title")) == 15
+    assert "Layers while training" in parsed.text
+    assert "full, bn1: 0.375 at step 20" in parsed.text
+    assert "1 value is not drawn" in parsed.text or "2 values are not drawn" in parsed.text
+    assert "grid:1/8, bn" not in parsed.text
+    assert "Layers while training" not in parse(page(others)).text
 
 
 def test_a_reader_that_does_not_see_can_follow(deployment, parse):

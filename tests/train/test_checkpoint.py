@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import leannorm
+from cases import METHODS
 from leannorm import records
 from leannorm.records import TrainingRun
 from leannorm.train import checkpoint
+from leannorm.train.configuration import Configuration
 from leannorm.train.data import open_data
 
 
@@ -151,3 +153,19 @@ def test_a_damaged_file_of_the_right_length(trained, tmp_path):
     (tmp_path / "damaged.ckpt").write_bytes(content)
     with pytest.raises(ValueError, match=r"damaged\.ckpt is damaged"):
         checkpoint.load(tmp_path / "damaged.ckpt")
+
+
+@pytest.mark.parametrize("spelling", [s for s in METHODS if s != "masked"])
+def test_methods_are_spelled_in_checkpoints_and_loaded_without_running_code(spelling, trained, tmp_path):
+    content = checkpoint.read(trained / "last.ckpt")
+    content["hyper_parameters"]["statistics"] = spelling
+    torch.manual_seed(0)
+    model = checkpoint.build(Configuration.from_plain(content["hyper_parameters"]))
+    x = torch.randn(6, 1, 8, 8)
+    for _ in range(2):
+        model(x).square().mean().backward()
+    content["state_dict"] = {f"model.{name}": value for name, value in model.state_dict().items()}
+    torch.save(content, tmp_path / "method.ckpt")
+    loaded, _ = checkpoint.load(tmp_path / "method.ckpt")
+    assert torch.equal(loaded(x), model.eval()(x))
+    assert {str(m.method) for m in loaded.modules() if hasattr(m, "method")} == {spelling}

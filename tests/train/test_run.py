@@ -338,3 +338,33 @@ def test_overwrite_keeps_the_old_run_where_the_new_one_cannot_start(tmp_path):
 def test_a_training_that_diverges_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="training diverged: the loss of epoch 0 is"):
         train("resnet8", "digits", statistics="full", epochs=2, seed=0, out=tmp_path, learning_rate=1e30)
+
+
+def test_accumulated_gradients_make_one_step_of_several_batches(tmp_path):
+    arguments = {"epochs": 1, "seed": 0, "batch_size": 64, "learning_rate": 0.05, "schedule": "drops:1"}
+    train("resnet8", "digits", statistics="accumulated:4", accumulate=4, out=tmp_path / "some", **arguments)
+    content = checkpoint.read(tmp_path / "some" / "last.ckpt")
+    assert content["global_step"] == 5  # 22 batches, of which the last two make no step
+    assert content["state_dict"]["model.bn.num_batches_tracked"] == 5
+
+
+def test_the_rate_drops_at_the_epochs_of_the_schedule(tmp_path):
+    arguments = {"epochs": 3, "seed": 0, "batch_size": 512, "learning_rate": 0.1, "schedule": "drops:1,2"}
+    run = train("resnet8", "digits", statistics="full", out=tmp_path, **arguments)
+    assert [epoch.learning_rate for epoch in run.history] == pytest.approx([0.1, 0.01, 0.001])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schedule": "cosine"}, "unknown schedule 'cosine'; expected 'one-cycle', or epochs as in 'drops:50,80'"),
+        ({"schedule": "drops:x"}, "unknown schedule 'drops:x'"),
+        ({"statistics": "accumulated:2", "accumulate": 4}, "accumulated:2 pools 2 batches a step, got accumulate=4"),
+        ({"accumulate": 0}, "accumulated over at least 1 batch, got 0"),
+        ({"accumulate": 99}, "fewer than the 99 to accumulate over"),
+    ],
+)
+def test_bad_schedules_leave_no_folder(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        train("resnet8", "digits", **{"statistics": "full", "epochs": 1, "seed": 0, "out": tmp_path / "out"} | change)
+    assert not (tmp_path / "out").exists()

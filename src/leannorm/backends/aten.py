@@ -162,5 +162,6 @@ for _name, _kernel in {
     "backward_apply": _backward_apply,
     "backward_fused": _backward_fused,
     "correct": _correct,
+    "snapshot": torch.clone,
 }.items():
     library.impl(_name, _kernel, "CompositeExplicitAutograd")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from leannorm.nn.batchnorm import SampledBatchNorm
+from leannorm.nn.method import MethodNorm
 from leannorm.statistics import FullBatch
 
 SEED = 0
@@ -65,12 +66,17 @@ def _kept(model: nn.Module, exact: bool) -> Iterator[None]:
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     layers = [module for module in modes if isinstance(module, SampledBatchNorm)]
     sources = [layer.statistics for layer in layers]
+    methods = [layer for layer in layers if isinstance(layer, MethodNorm)]
     try:
         model.train()
         for layer in layers if exact else ():
             layer.statistics = FullBatch()
+        for layer in methods:
+            layer.exact = True  # what they leave to the next batch must not change it here
         yield
     finally:
+        for layer in methods:
+            vars(layer).pop("exact", None)
         for layer, source in zip(layers, sources, strict=True):
             layer.statistics = source
         with torch.no_grad():

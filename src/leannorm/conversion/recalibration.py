@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from leannorm.nn.batchnorm import SampledBatchNorm
-from leannorm.nn.virtual import is_entry
+from leannorm.nn.entry import is_entry
+from leannorm.nn.method import MethodNorm
+from leannorm.nn.virtual import VirtualEntry
 from leannorm.records import Change, Refusal, TransformReport
 from leannorm.statistics import FullBatch
 
@@ -72,12 +74,16 @@ class _Pool:
         self.layer.momentum = 1.0
         if isinstance(self.layer, SampledBatchNorm):
             self.layer.guard_nonfinite = False
+        if isinstance(self.layer, MethodNorm):
+            self.layer.exact = True
 
     def restore_tracking(self) -> None:
         """Give the layer the momentum, the guard and the number of batches that it had."""
         self.layer.momentum = self.momentum
         if isinstance(self.layer, SampledBatchNorm):
             self.layer.guard_nonfinite = self.guard
+        if isinstance(self.layer, MethodNorm):
+            vars(self.layer).pop("exact", None)
         if self.layer.num_batches_tracked is not None and self.tracked is not None:
             self.layer.num_batches_tracked.copy_(self.tracked)
 
@@ -89,7 +95,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, limit: int = 200) -
     .. math:: \mu = E[x], \quad \sigma^2 = E[(x - \mu)^2] \text{ over the sampled elements of all batches}
 
     BN layers normalize with their batch's statistics while all else runs in eval mode (no dropout). Each layer pools
-    the elements that its own source samples. Frozen layers and those without running statistics are refused. Modes and
+    the elements that its own source samples; layers of a method normalize as exact BN meanwhile. Frozen layers, those
+    without running statistics and those of a method whose statistics are others than BN's are refused. Modes and
     momenta are restored, and after an error the old statistics too. Give batches as training saw them, augmented alike.
 
     Args:
@@ -139,6 +146,11 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, limit: int = 200) -
     return TransformReport(tuple(changes), tuple(refusals))
 
 
+def can_recalibrate(model: nn.Module) -> bool:
+    """Whether a model has a layer whose running statistics `recalibrate` can recompute."""
+    return bool(_pools(model)[0])
+
+
 def _pools(model: nn.Module) -> tuple[list[_Pool], list[Refusal]]:
     pools, refusals = [], []
     for name, module in model.named_modules():
@@ -148,6 +160,8 @@ def _pools(model: nn.Module) -> tuple[list[_Pool], list[Refusal]]:
             refusals.append(Refusal(name, "it has no running statistics"))
         elif isinstance(module, SampledBatchNorm) and module.frozen:
             refusals.append(Refusal(name, "it is frozen"))
+        elif isinstance(module, MethodNorm) and module.why_not_recalibrated is not None:
+            refusals.append(Refusal(name, f"{module.method}: {module.why_not_recalibrated}"))
         else:
             pools.append(_Pool(name, module, module.running_mean, module.running_var))
     return pools, refusals
@@ -161,7 +175,7 @@ def _batch_statistics(model: nn.Module, pools: list[_Pool]) -> Iterator[None]:
     handles = [pool.layer.register_forward_hook(pool.add, with_kwargs=True) for pool in pools]
     try:
         for module in modes:
-            module.training = module in layers or is_entry(module)
+            module.training = module in layers or is_entry(module, VirtualEntry)
         for pool in pools:
             pool.track_last_batch()
         yield

@@ -1,4 +1,4 @@
-"""convert and revert: torch's BN layers become leannorm's and plain again, in place.
+"""convert and revert: torch's BN layers become leannorm's, of any source or method, and plain again, in place.
 
 A layer changes its class, as `torch.nn.utils.parametrize` does, and keeps everything else: parameters, buffers, hooks,
 identity, state-dict names.
@@ -14,9 +14,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from leannorm.activation import activation_of
+from leannorm.conversion import methods
+from leannorm.methods import Method
 from leannorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, fused
 from leannorm.nn.batchnorm import SampledBatchNorm
-from leannorm.nn.virtual import VirtualEntry, VirtualMark, detach_entries
+from leannorm.nn.entry import detach_entries
+from leannorm.nn.masked import LengthEntry, LengthMark, MaskedBatchNorm
+from leannorm.nn.moving_average import MovingAverageBatchNorm
+from leannorm.nn.virtual import VirtualEntry, VirtualMark
 from leannorm.records import Change, Refusal, TransformReport
 from leannorm.statistics import FullBatch, Statistics, VirtualDataset, WeightedSum
 
@@ -38,44 +43,46 @@ _STATE = (
 
 def convert(
     model: M,
-    statistics: Statistics,
+    target: Statistics | Method,
     *,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     guard_nonfinite: bool | None = None,
 ) -> tuple[M, TransformReport]:
-    """Give the BN layers of a model, plain or converted before, this source of statistics.
+    """Give the BN layers of a model, plain or converted before, this source of statistics or method of normalization.
 
     The model is changed in place and returned: layers keep their parameters, buffers, hooks and names. With virtual
-    samples the model's own call appends them to its input and strips them from its output, in training mode only.
-    timm's ``BatchNormAct2d`` keeps its activation.
+    samples the model's own call appends them to its input and strips them from its output, in training mode only; with
+    masked statistics it takes ``lengths=`` of its (N, C, L) input. With moving averages (MABN) all convolutions of the
+    model compute with centered weights. timm's ``BatchNormAct2d`` keeps its activation.
 
     Args:
         model: any module.
-        statistics: the source.
+        target: a source (`GridSampling`, ...) or a method (`GhostBatch`, `GroupNormalization`, ...).
         filter_fn: takes (module, qualified name); only layers for which it is true are converted. None takes all.
         guard_nonfinite: keep NaN and infinity out of the running statistics; None leaves each layer's own setting.
 
     Returns:
-        The model, and a report of every BN layer: changed, or refused with the reason.
+        The model, and a report of every BN layer: changed, or refused with the reason. A layer that another method's
+        state keeps from being BN is refused, but for GroupNorm's kin, whose running statistics begin anew.
 
     Raises:
-        TypeError: if ``statistics`` is not a source.
+        TypeError: if ``target`` is neither.
         ValueError: if some layers would take virtual samples for real ones, since others have them; nothing is changed.
 
     >>> model, report = convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), parse_statistics("grid:1/8"))
     >>> report.changes
     (Change(module='1', action='statistics full -> grid:1/8'),)
     """
-    if not isinstance(statistics, Statistics):
+    if not isinstance(target, Statistics | Method):
         raise TypeError(
-            f"statistics must be a leannorm source such as GridSampling(1/8), got {statistics!r}; "
-            "leannorm.parse_statistics reads spellings such as 'grid:1/8'"
+            f"expected a source such as GridSampling(1/8) or a method such as GhostBatch(32), got {target!r}: "
+            "leannorm.parse_statistics reads spellings such as 'grid:1/8', leannorm.parse_target those of both"
         )
     changes, refusals, chosen, left = [], [], [], []
     for name, module in model.named_modules():
-        if not isinstance(module, _BatchNorm):
+        if not (isinstance(module, _BatchNorm) or methods.has_method(module)):
             continue
-        reason = refusal(module)
+        reason = _why_not(module, target)
         if filter_fn is not None and not filter_fn(module, name):
             reason = "filter_fn left it out"
         if reason is None:
@@ -83,48 +90,89 @@ def convert(
         else:
             left.append((name, module))
             refusals.append(Refusal(name, reason))
+    virtual = target.virtual if isinstance(target, Statistics) else 0
     if chosen:
-        _check_virtual(statistics, left)
-    mark = VirtualMark() if statistics.virtual else None
+        _check_virtual(target, virtual, left)
+    mark = VirtualMark() if virtual else None
     for name, module in chosen:
-        before = "full" if not isinstance(module, SampledBatchNorm) else str(module.statistics)
-        layer = adopt(module)
+        before = getattr(module, "target", None) or getattr(module, "method", "full")
+        layer = methods.leave(module) if methods.has_method(module) else adopt(module)
         assert isinstance(layer, SampledBatchNorm)
         layer.__dict__.pop("plain_before_freeze", None)
-        layer.statistics = statistics
         layer.place = zlib.crc32(name.encode())
         layer.virtual_mark = mark
         if guard_nonfinite is not None:
             layer.guard_nonfinite = guard_nonfinite
-        changes.append(Change(name, f"statistics {before} -> {statistics}"))
+        if isinstance(target, Method):
+            methods.enter(layer, target)
+        else:
+            layer.statistics = target
+        changes.append(Change(name, f"statistics {before} -> {target}"))
     if changes:
         detach_entries(model)
-    if changes and mark is not None:
-        VirtualEntry(_virtual_part(statistics), mark).attach(model)
+        _attach_lengths(model)
+        if isinstance(target, Statistics) and mark is not None:
+            VirtualEntry(_virtual_part(target), mark).attach(model)
+        if any(isinstance(module, MovingAverageBatchNorm) for module in model.modules()):
+            centered, kept = methods.center(model)
+            changes, refusals = changes + centered, refusals + kept
+        else:
+            changes += methods.settle(model)
     return model, TransformReport(tuple(changes), tuple(refusals))
+
+
+def _attach_lengths(model: nn.Module) -> None:
+    """Let a model's call show lengths to its masked layers, if it has any."""
+    masked = [module for module in model.modules() if isinstance(module, MaskedBatchNorm)]
+    mark = LengthMark()
+    for layer in masked:
+        layer.length_mark = mark
+    if masked:
+        LengthEntry(mark).attach(model)
+
+
+def _why_not(module: nn.Module, target: Statistics | Method) -> str | None:
+    """Say why a layer cannot be converted, or None."""
+    if methods.has_method(module):
+        reason = methods.why_not_left(module) if isinstance(module, SampledBatchNorm) else None
+    else:
+        assert isinstance(module, _BatchNorm)
+        reason = refusal(module)
+    if reason is not None or isinstance(target, Statistics):
+        return reason
+    return methods.why_not(module, target)
 
 
 def revert(model: M) -> tuple[M, TransformReport]:
     """Make the converted BN layers of a model plain again, in place: `torch.nn.BatchNorm*d`, or what they were.
 
-    Fused modules compute by their own forward again.
+    Fused modules compute by their own forward again, convolutions with centered weights have these as their weights.
 
     Returns:
-        The model, and a report. A layer that was built with an activation is refused: torch's own would drop it.
+        The model, and a report. Refused are a layer that was built with an activation, which torch's own would drop,
+        and one whose method has a state that no BN layer can hold.
     """
     changes, refusals = unfuse(model), []
     for name, module in model.named_modules():
-        if not isinstance(module, SampledBatchNorm):
+        if not (isinstance(module, SampledBatchNorm) or methods.has_method(module)):
             continue
-        if module.activation is not None and "original_class" not in module.__dict__:
-            refusals.append(Refusal(name, f"it applies {module.activation}, which no plain torch BN layer does"))
-            if module.statistics.virtual:  # the model's call appends none any more
-                changes.append(Change(name, f"statistics {module.statistics} -> full"))
-                module.statistics, module.virtual_mark = FullBatch(), None
+        reason = methods.why_not_left(module) if methods.has_method(module) else None
+        if reason is not None:
+            refusals.append(Refusal(name, reason))
             continue
-        note = " (no longer frozen)" if module.frozen else ""
-        abandon(module)
-        changes.append(Change(name, f"{type(module).__name__}{note}"))
+        was_method = methods.has_method(module)
+        layer = methods.leave(module) if was_method else module
+        assert isinstance(layer, SampledBatchNorm)
+        if layer.activation is not None and "original_class" not in layer.__dict__:
+            refusals.append(Refusal(name, f"it applies {layer.activation}, which no plain torch BN layer does"))
+            if layer.statistics.virtual:  # the model's call appends none any more
+                changes.append(Change(name, f"statistics {layer.statistics} -> full"))
+                layer.statistics, layer.virtual_mark = FullBatch(), None
+            continue
+        note = " (no longer frozen)" if layer.frozen else ""
+        abandon(layer)
+        changes.append(Change(name, f"{type(layer).__name__}{note}"))
+    changes += methods.settle(model)
     detach_entries(model)
     return model, TransformReport(tuple(changes), tuple(refusals))
 
@@ -141,13 +189,13 @@ def unfuse(model: nn.Module) -> list[Change]:
     return changes
 
 
-def _check_virtual(statistics: Statistics, left: list[tuple[str, _BatchNorm]]) -> None:
+def _check_virtual(target: Statistics | Method, virtual: int, left: list[tuple[str, nn.Module]]) -> None:
     for name, module in left:
         has_virtual = isinstance(module, SampledBatchNorm) and module.statistics.virtual > 0
-        if has_virtual != (statistics.virtual > 0):
+        if has_virtual != (virtual > 0):
             raise ValueError(
                 f"virtual samples pass through all layers of a call, so that all must know of them: converting to "
-                f"{statistics} would leave {name!r} ({type(module).__name__}) "
+                f"{target} would leave {name!r} ({type(module).__name__}) "
                 f"{'with' if has_virtual else 'without'} them; convert the whole model, or another part of it"
             )
 

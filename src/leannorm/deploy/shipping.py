@@ -16,6 +16,8 @@ from torch.export import ExportedProgram
 
 import leannorm
 from leannorm import records
+from leannorm.conversion.methods import settle
+from leannorm.conversion.recalibration import can_recalibrate
 from leannorm.deploy.export import export_onnx
 from leannorm.deploy.normalization import normalization_nodes
 from leannorm.deploy.runtime import Session, latency_ms
@@ -82,6 +84,7 @@ def deploy(
     out = Path(out)
     _check_folder(out, overwrite=overwrite)
     trained, training = checkpoints.load(checkpoint)
+    settle(trained)
     images = checkpoints.open_data_of(checkpoint, data, batch_size=batch_size, workers=workers)
     model, recalibration = _recalibrated(trained, images)
     example = next(iter(images.val_dataloader()))[0][:1]
@@ -135,8 +138,10 @@ def _staged(out: Path) -> Iterator[Path]:
 def _recalibrated(trained: nn.Module, images: ImageData) -> tuple[nn.Module, Recalibration]:
     """The model with the better statistics by validation accuracy; the trained ones where both are as good."""
     candidate = copy.deepcopy(trained)
-    batches = min(len(images.train_dataloader()), RECALIBRATION_BATCHES)
-    leannorm.recalibrate(candidate, images.train_dataloader(), limit=batches)
+    batches = 0
+    if can_recalibrate(candidate):
+        batches = min(len(images.train_dataloader()), RECALIBRATION_BATCHES)
+        leannorm.recalibrate(candidate, images.train_dataloader(), limit=batches)
     compared = verify(trained, candidate, images.val_dataloader())
     before, after = compared.reference_accuracy, compared.candidate_accuracy
     assert before is not None

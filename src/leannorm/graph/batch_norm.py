@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from leannorm.graph.capture import arguments, module_name
+from leannorm.nn import METHOD_LAYERS
+from leannorm.records import Refusal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,6 +95,22 @@ def find(graph: Graph) -> Iterator[BatchNorm]:
                 eps=bound["eps"] if "eps" in bound else bound.get("epsilon", 0.0),
                 training=bound.get("training", not evaluates),
             )
+
+
+def never_folded(graph: Graph) -> Iterator[Refusal]:
+    """The layers of methods that are more than an affine map per channel in eval mode, each with the reason."""
+    reasons = {_class_name(layer): layer.why_not_folded for layer in METHOD_LAYERS.values() if layer.why_not_folded}
+    seen: set[str] = set()
+    for node in graph.nodes:
+        stack = list(node.meta.get("nn_module_stack", {}).values())
+        name = module_name(node)
+        if stack and name not in seen and (reason := reasons.get(_class_name(stack[-1][1]))):
+            seen.add(name)
+            yield Refusal(name, reason)
+
+
+def _class_name(layer: type | str) -> str:
+    return layer if isinstance(layer, str) else f"{layer.__module__}.{layer.__qualname__}"
 
 
 def refusal(capture: Capture, norm: BatchNorm) -> str | None:

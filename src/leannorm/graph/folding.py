@@ -98,6 +98,7 @@ def fold_capture(capture: Capture) -> TransformReport:
             changes.append(outcome)
         else:
             refusals.append(outcome)
+    refusals += batch_norm.never_folded(capture.graph)
     capture.erase_dead()
     for graph in capture.inner_graphs:
         reason = "it runs in a region that the graph calls (torch.cond, no_grad), which the rules do not enter"

@@ -11,10 +11,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from leannorm import functional
 from leannorm.activation import Activation, as_activation
+from leannorm.methods import Method
 from leannorm.nn import folding
 from leannorm.nn.recompute import recomputing
 from leannorm.nn.virtual import VirtualMark
-from leannorm.statistics import FullBatch, Regions, Statistics
+from leannorm.statistics import FullBatch, Statistics
 
 
 class _RefuseSyncConversion:
@@ -27,7 +28,7 @@ class _RefuseSyncConversion:
         caller = sys._getframe(1).f_code.co_name
         if layer is not None and caller == "convert_sync_batchnorm" and not layer.is_plain:
             raise RuntimeError(
-                f"torch.nn.SyncBatchNorm.convert_sync_batchnorm would drop the statistics ({layer.statistics}) and the "
+                f"torch.nn.SyncBatchNorm.convert_sync_batchnorm would drop the statistics ({layer.target}) and the "
                 f"activation ({layer.activation}) of a leannorm layer; call leannorm.revert(model) first"
             )
         raise AttributeError("qconfig")
@@ -94,11 +95,16 @@ class SampledBatchNorm(_BatchNorm):
         if not isinstance(statistics, Statistics):
             raise TypeError(
                 f"statistics must be a leannorm source such as FullBatch(), got {statistics!r}; "
-                "leannorm.parse_statistics reads spellings"
+                "leannorm.parse_statistics reads spellings; a method is for leannorm.convert"
             )
         self.statistics = statistics
         self.activation = as_activation(activation)
         self.guard_nonfinite = guard_nonfinite
+
+    @property
+    def target(self) -> Statistics | Method:
+        """What `leannorm.convert` made the layer: its source of statistics, or its method."""
+        return self.statistics
 
     @property
     def is_plain(self) -> bool:
@@ -127,38 +133,45 @@ class SampledBatchNorm(_BatchNorm):
         elif self.activation is not None:
             raise ValueError(f"a layer that applies {self.activation} was called with the activation {activation}")
         if not self.training:
-            return functional.normalize(
-                input,
-                self.running_mean,
-                self.running_var,
-                self.weight,
-                self.bias,
-                eps=self.eps,
-                residual=residual,
-                activation=activation,
-            )
-        if self.statistics.virtual:
-            self._check_mark(input)
-        if folded is not None:
-            regions = folded.regions
-            y, mean, var = folding.conv_batch_norm(folded, self, input, residual, activation)
-        else:
-            regions = self.statistics.regions_of(input, self.place)
-            y, mean, var = functional.batch_norm(
-                input,
-                self.weight,
-                self.bias,
-                statistics=regions,
-                eps=self.eps,
-                residual=residual,
-                activation=activation,
-            )
-        if self.track_running_stats and not recomputing():
-            self._track(input, mean, var, regions)
+            return self._eval_forward(input, residual, activation)
+        if folded is None:
+            return self._train_forward(input, residual, activation)
+        self._check_mark(input)
+        y, mean, var = folding.conv_batch_norm(folded, self, input, residual, activation)
+        if self._counts(y):
+            self._track(mean, var * folded.regions.unbiased)
         return y
 
+    def _train_forward(self, input: Tensor, residual: Tensor | None, activation: str | Activation | None) -> Tensor:
+        self._check_mark(input)
+        regions = self.statistics.regions_of(input, self.place)
+        y, mean, var = functional.batch_norm(
+            input,
+            self.weight,
+            self.bias,
+            statistics=regions,
+            eps=self.eps,
+            residual=residual,
+            activation=activation,
+        )
+        if self._counts(input):
+            self._track(mean, var * regions.unbiased)
+        return y
+
+    def _eval_forward(self, input: Tensor, residual: Tensor | None, activation: str | Activation | None) -> Tensor:
+        return functional.normalize(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            eps=self.eps,
+            residual=residual,
+            activation=activation,
+        )
+
     def _check_mark(self, input: Tensor) -> None:
-        if recomputing():  # the call that is computed again was checked
+        if not self.statistics.virtual or recomputing():  # the call that is computed again was checked
             return
         rows = None if self.virtual_mark is None else self.virtual_mark.rows
         if rows != input.shape[0]:
@@ -169,18 +182,27 @@ class SampledBatchNorm(_BatchNorm):
                 "(not a part of it, and with no reshaping of the batch in between), or convert the part"
             )
 
-    def _track(self, input: Tensor, mean: Tensor, var: Tensor, regions: Regions) -> None:
+    def _counts(self, input: Tensor) -> bool:
+        """Count a batch, and say whether the running statistics take it in."""
+        batches = self.num_batches_tracked
+        if not self.track_running_stats or batches is None or recomputing():
+            return False
+        batches.add_(1)
+        return input.numel() > 0
+
+    def _track(self, mean: Tensor, var: Tensor, factor: Tensor | float | None = None) -> None:
+        """Move the running statistics by ``factor`` (None: by the layer's momentum) towards ``mean`` and ``var``."""
         batches, running_mean, running_var = self.num_batches_tracked, self.running_mean, self.running_var
         if batches is None or running_mean is None or running_var is None:
             return
-        batches.add_(1)
-        if input.numel() == 0:
-            return
         dtype = running_mean.dtype
-        factor = self.momentum
         if factor is None:
-            factor = (1 / batches).to(dtype)
-        mean, var = mean.to(dtype), (var * regions.unbiased).to(dtype)
+            factor = self.momentum
+        if factor is None:
+            factor = 1 / batches
+        if isinstance(factor, Tensor):
+            factor = factor.to(dtype)
+        mean, var = mean.detach().to(dtype), var.detach().to(dtype)
         if self.statistics.between_steps:
             var = var + (1 - factor) * (mean - running_mean) ** 2
         if self.guard_nonfinite:
@@ -191,7 +213,7 @@ class SampledBatchNorm(_BatchNorm):
 
     def extra_repr(self) -> str:
         """Add what torch's layer has not."""
-        parts = [super().extra_repr(), f"statistics={self.statistics}"]
+        parts = [super().extra_repr(), f"statistics={self.target}"]
         if self.activation:
             parts.append(f"activation={self.activation}")
         parts += [name for name in ("guard_nonfinite", "frozen", "folds_convolution") if getattr(self, name)]

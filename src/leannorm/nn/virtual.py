@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from leannorm.nn.entry import Entry
 from leannorm.statistics import VirtualDataset
 
 
@@ -19,8 +20,8 @@ class VirtualMark:
     rows: int | None = None
 
 
-class VirtualEntry:
-    """The pair of hooks on a converted model that appends virtual samples and strips them.
+class VirtualEntry(Entry):
+    """Appends virtual samples to a converted model's input and strips them from its output.
 
     Only in training mode. Every floating tensor among the arguments that has the batch's leading size is extended;
     every tensor in the output must have the extended leading size.
@@ -30,12 +31,7 @@ class VirtualEntry:
         self.source = source
         self.mark = mark
 
-    def attach(self, model: nn.Module) -> None:
-        """Register the hooks on a model."""
-        model.register_forward_pre_hook(self.append, with_kwargs=True)
-        model.register_forward_hook(self.strip, always_call=True)
-
-    def append(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Extend the batch."""
         self.mark.rows = None
         if not module.training:
@@ -66,7 +62,7 @@ class VirtualEntry:
         self.mark.rows = batch + self.source.samples
         return extended
 
-    def strip(self, module: nn.Module, args: tuple, output: Any) -> Any:
+    def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """Take the virtual samples out of the output; also called, without one, after an exception."""
         rows, self.mark.rows = self.mark.rows, None
         if not rows or output is None:
@@ -102,29 +98,3 @@ class VirtualEntry:
         if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
             drawn = drawn.contiguous(memory_format=torch.channels_last)
         return drawn
-
-
-def is_entry(module: nn.Module) -> bool:
-    """Whether a module's own call appends virtual samples."""
-    return any(map(_of_entry, module._forward_pre_hooks.values()))
-
-
-def _of_entry(hook: Any) -> bool:
-    return isinstance(getattr(hook, "__self__", None), VirtualEntry)
-
-
-def detach_entries(model: nn.Module) -> int:
-    """Remove every virtual entry from a model and its parts; give their number."""
-    removed = 0
-    for module in model.modules():
-        for hooks, others in (
-            (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
-            (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
-        ):
-            for key, hook in list(hooks.items()):
-                if _of_entry(hook):
-                    del hooks[key]
-                    for other in others:
-                        other.pop(key, None)
-                    removed += hooks is module._forward_pre_hooks
-    return removed

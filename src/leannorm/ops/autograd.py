@@ -111,5 +111,6 @@ for _name in (
     "backward_apply",
     "backward_fused",
     "correct",
+    "snapshot",
 ):
     _refuse(_name)

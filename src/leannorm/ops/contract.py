@@ -135,3 +135,14 @@ library.define(
 @torch.library.register_fake("leannorm::correct", lib=library)
 def _(dx, x, mean, var, weight, sum_g_xhat, sum_g, eps, draw, boxes, weights):
     return torch.empty_like(x)
+
+
+# A copy that a compiled backward pass takes as it was: it never computes anew what an operator of ours gave, as it may
+# do with torch's, from a buffer that the forward pass has changed since.
+
+library.define("snapshot(Tensor x) -> Tensor")
+
+
+@torch.library.register_fake("leannorm::snapshot", lib=library)
+def _(x):
+    return torch.empty_like(x)

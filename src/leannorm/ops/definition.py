@@ -137,11 +137,25 @@ def normalize(
     if weight is not None:
         scale = scale * weight.to(dtype)
     z = (x.to(dtype) - per_channel(mean, x)) * per_channel(scale, x)
+    return transform(z, None, bias, residual, activation, parameters).to(x.dtype)
+
+
+def transform(
+    z: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    parameters: Sequence[float],
+) -> Tensor:
+    """Compute act(weight z + bias + residual) in the dtype of z."""
+    if weight is not None:
+        z = z * per_channel(weight.to(z.dtype), z)
     if bias is not None:
-        z = z + per_channel(bias.to(dtype), x)
+        z = z + per_channel(bias.to(z.dtype), z)
     if residual is not None:
-        z = z + residual.to(dtype)
-    return activate(z, activation, parameters).to(x.dtype)
+        z = z + residual.to(z.dtype)
+    return activate(z, activation, parameters)
 
 
 def batch_norm(

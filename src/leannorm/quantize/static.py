@@ -68,6 +68,7 @@ def quantize_int8(source: str | Path, path: str | Path, batches: Iterable[Any]) 
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
+            nodes_to_exclude=_left_in_fp32(onnx.load(inferred).graph),
             # Eight bits for logits would make near classes equal, and save nothing.
             extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
         )
@@ -76,3 +77,16 @@ def quantize_int8(source: str | Path, path: str | Path, batches: Iterable[Any]) 
         onnx.checker.check_model(model, full_check=True)
         onnx.save(model, temporary)
         temporary.replace(path)
+
+
+def _left_in_fp32(graph: onnx.GraphProto) -> list[str]:
+    """Name what exported group and instance normalization consist of: onnxruntime has no INT8 form of it."""
+    constants = {tensor.name for tensor in graph.initializer}
+    outputs = {node.output[0]: node for node in graph.node}
+    names = []
+    for node in graph.node:
+        before = outputs.get(node.input[0]) if node.input else None
+        around = before is not None and before.op_type == "InstanceNormalization"
+        if node.op_type == "InstanceNormalization" or around or (node.input and set(node.input) <= constants):
+            names.append(node.name)
+    return names

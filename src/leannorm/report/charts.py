@@ -46,7 +46,7 @@ _STYLE = {
 
 @dataclass(frozen=True)
 class Series:
-    """One run's values by epoch; its place in the legend decides on colour and marker."""
+    """One run's values by epoch or step; its place in the legend decides on colour and marker."""
 
     name: str
     place: int
@@ -72,30 +72,33 @@ class Chart:
     note: str
 
 
-def lines(identity: str, title: str, series: Sequence[Series], spell: Callable[[float], str]) -> Chart:
-    """Draw values over epochs, one line a run, with gaps where a value cannot be drawn.
+def lines(
+    identity: str, title: str, series: Sequence[Series], spell: Callable[[float], str], *, over: str = "epoch"
+) -> Chart:
+    """Draw values over epochs or steps, one line a run, with gaps where a value cannot be drawn.
 
     Args:
         identity: prefix of the ids in the SVG, unique in the page.
         title: what the values are.
         series: the runs.
         spell: how a value is written on the axis and in the description.
+        over: what is counted: "epoch" or "step".
     """
     drawn = [(run, [(x, y) for x, y in run.points if _drawable(x) and _drawable(y)]) for run in series]
     left_out = sum(len(run.points) - len(points) for run, points in drawn)
-    described = "; ".join(f"{run.name}: {_ends(points, spell)}" for run, points in drawn if points)
+    described = "; ".join(f"{run.name}: {_ends(points, spell, over)}" for run, points in drawn if points)
     if not described:
         return _nothing(title, left_out)
     with matplotlib.style.context(_STYLE, after_reset=True):
         figure, axes = _figure(height=2.9, box=(0.14, 0.17, 0.84, 0.78))
         for run in series:
             _line(axes, run)
-        axes.set_xlabel("epoch")
+        axes.set_xlabel(over)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: spell(value)))
         axes.grid(axis="y", color=svg.GRID, linewidth=0.8)
-        return Chart(title, svg.inline(figure, identity, f"{title} over epochs", described), _note(left_out))
+        return Chart(title, svg.inline(figure, identity, f"{title} over {over}s", described), _note(left_out))
 
 
 def bars(identity: str, title: str, values: Sequence[Bar], spell: Callable[[float], str]) -> Chart:
@@ -140,9 +143,9 @@ def _drawable(value: float) -> bool:
     return abs(value) <= _LARGEST  # false for NaN
 
 
-def _ends(points: Sequence[tuple[int, float]], spell: Callable[[float], str]) -> str:
+def _ends(points: Sequence[tuple[int, float]], spell: Callable[[float], str], over: str) -> str:
     (start, first), (end, last) = points[0], points[-1]
-    return f"{spell(first)} at epoch {start}, {spell(last)} at epoch {end}"
+    return f"{spell(first)} at {over} {start}, {spell(last)} at {over} {end}"
 
 
 def _nothing(title: str, left_out: int) -> Chart:

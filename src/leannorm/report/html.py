@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from leannorm.report import wording
 from leannorm.report.charts import Bar, Chart, Series, bars, legend, lines
+from leannorm.report.layers import layer_charts
 from leannorm.report.rows import COLUMNS, details, names, rows, verdict
 
 try:
@@ -18,10 +19,15 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from leannorm.records import Deployment
+    from leannorm.records import Deployment, TrainingTrace
 
 
-def page(deployments: Sequence[Deployment], *, title: str = "leannorm: trained and shipped") -> str:
+def page(
+    deployments: Sequence[Deployment],
+    *,
+    title: str = "leannorm: trained and shipped",
+    traces: Sequence[TrainingTrace | None] = (),
+) -> str:
     """Return one HTML page that shows all deployments: verdict, summary, charts, then a section each.
 
     The page opens offline, follows the reader's light or dark setting and prints. Same records, same page.
@@ -29,6 +35,7 @@ def page(deployments: Sequence[Deployment], *, title: str = "leannorm: trained a
     Args:
         deployments: at least one, shown in this order.
         title: heading of the page.
+        traces: of the deployments' trainings, in their order; None where the layers were not recorded.
 
     Raises:
         ValueError: if there is no deployment.
@@ -43,6 +50,7 @@ def page(deployments: Sequence[Deployment], *, title: str = "leannorm: trained a
         columns=COLUMNS,
         legend=[(label, *legend(place)) for place, label in enumerate(labels)],
         charts=[(chart, Markup(chart.svg or "")) for chart in _charts(deployments, labels)],
+        layer_charts=[(chart, Markup(chart.svg or "")) for chart in layer_charts(traces)],
         sections=[(label, d, rows(d), details(d)) for label, d in zip(labels, deployments, strict=True)],
     )
 

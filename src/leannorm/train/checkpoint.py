@@ -108,8 +108,8 @@ def build(configuration: Configuration) -> nn.Module:
     """
     channels = configuration.preprocessing.input_shape[0]
     model = models.build(configuration.model, classes=len(configuration.classes), channels=channels)
-    statistics = leannorm.parse_statistics(configuration.statistics)
-    model, report = leannorm.convert(model, statistics, guard_nonfinite=True)
+    target = leannorm.parse_target(configuration.statistics)
+    model, report = leannorm.convert(model, target, guard_nonfinite=True)
     if not report.changes:
         reasons = "; ".join(f"{refusal.module}: {refusal.reason}" for refusal in report.refusals)
         raise ValueError(f"{configuration.model} has no batch normalization to convert{reasons and ': '}{reasons}")

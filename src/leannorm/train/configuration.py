@@ -11,6 +11,8 @@ from typing import Any
 from leannorm import records
 from leannorm.train.pipeline import Preprocessing
 
+ONE_CYCLE = "one-cycle"
+
 
 @dataclass(frozen=True)
 class Configuration:
@@ -23,11 +25,13 @@ class Configuration:
         seed: decides initial weights, order, augmentation and what is drawn while training.
         epochs: passes over the training images.
         batch_size: images in a batch.
-        learning_rate: the highest of the one-cycle schedule.
+        learning_rate: the highest of the schedule.
         weight_decay: of all parameters but biases and those of normalization.
         classes: names of the classes.
         training_images: number of training images.
         preprocessing: of the images.
+        schedule: "one-cycle", or "drops:50,80", a tenth of the rate from these epochs on.
+        accumulate: batches whose gradients are added up for one step of the optimiser.
     """
 
     model: str
@@ -41,6 +45,8 @@ class Configuration:
     classes: tuple[str, ...]
     training_images: int
     preprocessing: Preprocessing
+    schedule: str = ONE_CYCLE
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
@@ -49,8 +55,24 @@ class Configuration:
             raise ValueError(f"the number of epochs must be at least 1, got {self.epochs}")
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise ValueError(f"the learning rate must be positive and finite, got {self.learning_rate}")
+        if self.accumulate < 1:
+            raise ValueError(f"gradients must be accumulated over at least 1 batch, got {self.accumulate}")
+        _ = self.drops
         if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
             raise ValueError(f"the weight decay must be at least 0 and finite, got {self.weight_decay}")
+
+    @property
+    def drops(self) -> tuple[int, ...] | None:
+        """The epochs at which the learning rate drops; None for the one-cycle schedule."""
+        name, colon, epochs = self.schedule.partition(":")
+        if self.schedule == ONE_CYCLE:
+            return None
+        numbers = epochs.split(",")
+        if name != "drops" or not colon or not all(number.isdecimal() for number in numbers):
+            raise ValueError(
+                f"unknown schedule {self.schedule!r}; expected {ONE_CYCLE!r}, or epochs as in 'drops:50,80'"
+            )
+        return tuple(map(int, numbers))
 
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> Configuration:
@@ -59,7 +81,8 @@ class Configuration:
         Raises:
             ValueError: if a field is missing, unknown or of another type.
         """
-        return records.from_json(cls, json.dumps(values))
+        defaults = {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+        return records.from_json(cls, json.dumps(defaults | values))  # earlier checkpoints have not all fields
 
     def difference(self, other: Configuration) -> str | None:
         """Say which fields differ ("seed 1, got 2"); None if none does."""

@@ -9,7 +9,7 @@ import lightning.pytorch as L
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import MultiStepLR, OneCycleLR
 
 from leannorm.train.pipeline import stream
 
@@ -22,7 +22,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class ImageClassifier(L.LightningModule):
-    """Trains a model with cross entropy, SGD with Nesterov momentum 0.9, and a one-cycle learning rate.
+    """Trains a model with cross entropy, SGD with Nesterov momentum 0.9, and the configuration's schedule.
 
     Args:
         model: maps images (B, C, H, W) to logits (B, classes).
@@ -79,6 +79,9 @@ class ImageClassifier(L.LightningModule):
         ]
         peak = self.configuration.learning_rate
         optimizer = SGD(groups, lr=peak, momentum=0.9, nesterov=True)
+        drops = self.configuration.drops
+        if drops is not None:
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": MultiStepLR(optimizer, list(drops))}}
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.2, cycle_momentum=False)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

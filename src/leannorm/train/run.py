@@ -17,11 +17,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 import leannorm
+from leannorm.methods import AccumulatedBatch
 from leannorm.records import TrainingRun
 from leannorm.train import checkpoint
-from leannorm.train.configuration import Configuration
+from leannorm.train.configuration import ONE_CYCLE, Configuration
 from leannorm.train.data import ImageData, open_data
 from leannorm.train.environment import environment
+from leannorm.train.layers import TRACE, LayerRecorder
 from leannorm.train.module import ImageClassifier
 from leannorm.train.recorder import BEST, INTERRUPTED, LAST, METRICS, RUN, Recorder
 
@@ -39,14 +41,17 @@ def train(
     batch_size: int = 128,
     learning_rate: float = 0.1,
     weight_decay: float = 5e-4,
+    schedule: str = ONE_CYCLE,
+    accumulate: int = 1,
     image_size: int | None = None,
     workers: int = 0,
     accelerator: str = "auto",
+    record_layers: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = False,
 ) -> TrainingRun:
-    """Train an image classifier whose batch normalization takes its statistics from the given source.
+    """Train an image classifier whose batch normalization takes its statistics from the given source, or its method.
 
     Writes to ``out``: `last.ckpt` (every epoch), `best.ckpt` (by validation accuracy), `interrupted.ckpt` (where it
     stopped early), `metrics.csv`, `run.json` and TensorBoard's event files. On a CPU the same arguments give the same
@@ -55,16 +60,20 @@ def train(
     Args:
         model: spelling of the model (`models.build`).
         data: spelling of the data (`data.open_data`).
-        statistics: spelling of the source of statistics (`leannorm.parse_statistics`).
+        statistics: spelling of the source of statistics, or of a method (`leannorm.parse_target`).
         epochs: passes over the training images.
         seed: decides initial weights, order, augmentation, and what is drawn while training.
         out: folder of the results, made where it is missing.
         batch_size: images in a batch.
-        learning_rate: the highest of the one-cycle schedule.
+        learning_rate: the highest of the schedule.
         weight_decay: of all parameters but biases and those of normalization.
+        schedule: "one-cycle", or "drops:50,80" for a tenth of the rate from these epochs on.
+        accumulate: batches whose gradients make one step of the optimiser; an epoch leaves out the batches of a last
+            step that would have fewer.
         image_size: resize images to this many pixels; None keeps their own size.
         workers: processes that decode images.
         accelerator: Lightning's name of the device: "cpu", "gpu", "auto", ...
+        record_layers: record layers and loss every so many steps in `layers.json` (`layers.LayerRecorder`), or not.
         resume: go on with the run in ``out`` from its last finished epoch.
         overwrite: remove the run in ``out`` first.
         progress: show a progress bar.
@@ -82,7 +91,7 @@ def train(
     """
     out = Path(out)
     _check_folder(out, resume=resume, overwrite=overwrite)
-    source = leannorm.parse_statistics(statistics)
+    source = leannorm.parse_target(statistics)
     images = open_data(data, batch_size=batch_size, seed=seed, workers=workers, image_size=image_size)
     configuration = Configuration(
         model=model,
@@ -96,7 +105,16 @@ def train(
         classes=images.classes,
         training_images=images.training_images,
         preprocessing=images.preprocessing,
+        schedule=schedule,
+        accumulate=accumulate,
     )
+    if isinstance(source, AccumulatedBatch) and source.steps != accumulate:
+        raise ValueError(
+            f"{source} pools {source.steps} batches a step, got accumulate={accumulate}: give both the same"
+        )
+    batches = len(images.train_dataloader())
+    if batches < accumulate:
+        raise ValueError(f"an epoch has {batches} batches: fewer than the {accumulate} to accumulate over")
     L.seed_everything(seed, verbose=False)
     network = checkpoint.build(configuration)
     _check_logits(network, configuration)
@@ -116,12 +134,16 @@ def train(
     )
     recorder = Recorder(out, run)
     callbacks: list[Callback] = [recorder]
+    if record_layers is not None:
+        callbacks.append(LayerRecorder(out, configuration.statistics, every=record_layers))
     if progress:
         callbacks.append(RichProgressBar())
     trainer = _trainer(
         accelerator=accelerator,
         devices=1,
         max_epochs=epochs,
+        accumulate_grad_batches=accumulate,
+        limit_train_batches=batches // accumulate * accumulate,
         callbacks=callbacks,
         # steps that a killed run logged after its last checkpoint are hidden from the resumed one
         logger=TensorBoardLogger(out, TENSORBOARD, "", default_hp_metric=False, purge_step=step),
@@ -214,6 +236,6 @@ def _check_logits(model: nn.Module, configuration: Configuration) -> None:
 
 
 def _remove_run(out: Path) -> None:
-    for name in (LAST, BEST, INTERRUPTED, METRICS, RUN):
+    for name in (LAST, BEST, INTERRUPTED, METRICS, RUN, TRACE):
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / TENSORBOARD, ignore_errors=True)

@@ -1,0 +1,31 @@
+"""Where BN stands, how gamma begins, dropout, and what BN allows: the claims of practice, tried."""
+
+from trials import Arm, Scale
+
+TITLE = "Placement and initialisation"
+INTRO = (
+    "BN after the convolution or, in the blocks, after the activation; gamma at 0, 0.1 or 1 at first; dropout beside "
+    "BN; and the learning rates that train with BN and without it."
+)
+VARIANTS = "experiments/variants.py"
+RATES = {"cpu": (0.01, 0.1, 1.0, 3.0), "full": (0.01, 0.1, 1.0, 3.0), "tiny": (0.01, 1e30)}
+
+
+def arms(scale: Scale) -> tuple[Arm, ...]:
+    """Give the variants against BN as it stands, and learning rates with BN and without."""
+    usual = "BN before the activation, gamma 1"
+
+    def variant(name: str, factory: str, claim: str = "") -> Arm:
+        return Arm(name, "full", usual, claim, model=f"{VARIANTS}:{scale.model}_{factory}")
+
+    found = [
+        Arm(usual, "full"),
+        variant("BN after the activation", "after_activation", "-1.5 points (claim)"),
+        variant("gamma 0.1", "gamma_01", "better (claim)"),
+        variant("gamma 0 in the last BN of a block", "gamma_0"),
+        variant("dropout 0.2 beside BN", "dropout", "-1.2 points (claim)"),
+    ]
+    for rate in RATES[scale.name]:
+        with_bn = Arm(f"BN, rate {rate:g}", "full", learning_rate=rate)
+        found += [with_bn, Arm(f"no BN, rate {rate:g}", "none", with_bn.name, learning_rate=rate)]
+    return tuple(found)

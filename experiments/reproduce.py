@@ -1,0 +1,84 @@
+"""`make reproduce EXPERIMENT=convergence|micro-batch|family|speed|placement SCALE=cpu|full`.
+
+Trains every arm with two seeds, then as many more as the spread asks for; a killed run goes on where it stopped. Writes
+`benchmarks/results/EXPERIMENT-SCALE.json`, `docs/EXPERIMENT-SCALE.md` and its plot after each seed, so that there is a
+page of what is finished.
+"""
+
+import argparse
+import logging
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import convergence
+import family
+import micro_batch
+import placement
+import speed
+from comparison import seeds_needed
+from page import write_page
+from trials import ARCHIVE, SCALES, Arm, Scale, Trial, prepare, trials, write_raw
+
+TABLES: dict[str, ModuleType] = {
+    "convergence": convergence,
+    "micro-batch": micro_batch,
+    "family": family,
+    "placement": placement,
+}
+RESULTS, DOCS = Path("benchmarks/results"), Path("docs")
+
+
+def wanted_seeds(scale: Scale, arms: tuple[Arm, ...], found: list[Trial]) -> dict[str, int]:
+    """Give for each arm the number of seeds that its spread, and the arms that stand against it, ask for."""
+    wanted = dict.fromkeys((arm.name for arm in arms), scale.seeds)
+    accuracy = {(each.arm, each.seed): each.accuracy for each in found}
+    for arm in arms:
+        if arm.against is not None:
+            seeds = [seed for name, seed in accuracy if name == arm.name and (arm.against, seed) in accuracy]
+            differences = [accuracy[arm.name, seed] - accuracy[arm.against, seed] for seed in seeds]
+            wanted[arm.name] = seeds_needed(differences, scale.most_seeds)
+    for arm in reversed(arms):
+        if arm.against is not None:
+            wanted[arm.against] = max(wanted[arm.against], wanted[arm.name])
+    return wanted
+
+
+def reproduce(name: str, scale: Scale, *, results: Path = RESULTS, docs: Path = DOCS) -> Path:
+    """Run an experiment; give its page."""
+    if name == "speed":
+        return speed.run(scale, results, docs)
+    experiment = TABLES[name]
+    arms = experiment.arms(scale)
+    found: list[Trial] = []
+
+    def keep(more: list[Trial]) -> Path:
+        found.extend(more)
+        write_raw(results / f"{name}-{scale.name}.json", scale, arms, found)
+        return write_page(docs, name, experiment.TITLE, experiment.INTRO, scale, arms, found)
+
+    for seed in range(scale.seeds):
+        keep(list(trials(name, scale, arms, seed)))
+    wanted = wanted_seeds(scale, arms, found)
+    for seed in range(scale.seeds, scale.most_seeds):
+        keep(list(trials(name, scale, tuple(arm for arm in arms if wanted[arm.name] > seed), seed)))
+    return keep([])
+
+
+def main() -> None:
+    """Read the command line and run."""
+    parser = argparse.ArgumentParser(description="Reproduce the paper's tables beside ours.")
+    parser.add_argument("experiment", choices=[*TABLES, "speed"])
+    parser.add_argument("--scale", choices=list(SCALES), default="cpu")
+    parser.add_argument("--archive", type=Path, default=ARCHIVE, help="CIFAR-10 as class folders, in a tar file")
+    arguments = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
+    scale = SCALES[arguments.scale]
+    if arguments.experiment != "speed":
+        prepare(scale, arguments.archive)
+    print(reproduce(arguments.experiment, scale))
+
+
+if __name__ == "__main__":
+    main()
