@@ -107,7 +107,8 @@ def rewrite(folding: Folding, node: Node, found: Branches) -> str:
     kept.set_values(folding.capture, total.to(weight.dtype), offset.to(weight.dtype))
     folding.capture.replace(node, kept.node)
     folding.capture.graph.erase_node(merged.node)
-    return f"merged with the parallel {kept.name} {kept.module}"
+    done = "folded into" if isinstance(merged, Table) else "merged with"
+    return f"{done} the parallel {kept.name} {kept.module}"
 
 
 def _size(folding: Folding, target: Any) -> int:
