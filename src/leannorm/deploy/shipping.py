@@ -175,8 +175,10 @@ def _failures(precision: str, verification: Verification) -> tuple[str, ...]:
     """Why a file does not pass; see `deploy`."""
     failures = []
     if not verification.passed:
+        layer = verification.first_wrong_layer
+        where = "" if layer is None else f"; it goes wrong at {layer} first"
         failures.append(
-            f"its relative error is {verification.relative_error:.2g}, {verification.max_error:g} is allowed"
+            f"its relative error is {verification.relative_error:.2g}, {verification.max_error:g} is allowed{where}"
         )
     if precision == "int8":
         agreement, reference = verification.argmax_agreement, verification.reference_accuracy

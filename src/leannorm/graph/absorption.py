@@ -18,7 +18,7 @@ from torch.fx import Node
 from leannorm.graph import affine, algebra
 from leannorm.graph.affine import Affine
 from leannorm.graph.batch_norm import BatchNorm
-from leannorm.graph.capture import Capture, arguments, aten_name, module_name, operator_name, value_of
+from leannorm.graph.capture import Capture, arguments, aten_name, mark_layer, module_name, operator_name, value_of
 from leannorm.graph.channels import Vector, backwards, onwards, passes
 
 _ADDITIONS = {"add", "add_", "sub", "sub_"}
@@ -101,10 +101,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps that together take up a batch normalization, or the obstacle that stands in their way."""
+    """Steps that together take up a batch normalization, or the obstacle that stands in their way.
+
+    ``changed`` are the nodes whose values become others.
+    """
 
     steps: tuple[Step, ...] = ()
     obstacle: str | None = None
+    changed: tuple[Node, ...] = ()
 
     def check(self, folding: Folding) -> str | None:
         """The obstacle, or a step whose constants do not fit into their dtype."""
@@ -121,16 +125,21 @@ class Plan:
         targets = [folding.target(step.node) for step in self.steps]
         for step in self.steps:
             step.apply(folding)
+        for node in self.changed:
+            mark_layer(node, None)
         return " and ".join(f"the {target.name} {target.module}" for target in targets if target is not None)
 
 
-def _together(plans: Iterable[Plan]) -> Plan:
+def _together(plans: Iterable[Plan], through: Node | None = None) -> Plan:
+    """All of these plans; ``through`` is the node where they meet, whose value changes too."""
     steps: tuple[Step, ...] = ()
+    changed = () if through is None else (through,)
     for plan in plans:
         if plan.obstacle is not None:
             return plan
         steps += plan.steps
-    return Plan(steps)
+        changed += plan.changed
+    return Plan(steps, changed=changed)
 
 
 def before(folding: Folding, node: Node, reader: Node, vector: Vector) -> Plan:
@@ -156,10 +165,10 @@ def before(folding: Folding, node: Node, reader: Node, vector: Vector) -> Plan:
         inner = backwards(node, vector)
         if inner is None:
             return Plan(obstacle=f"the {name} before it mixes channels with other dimensions")
-        return before(folding, source, node, inner)
+        return _together([before(folding, source, node, inner)], through=node)
     if len({part for part, _ in parts}) < len(parts):
         return Plan(obstacle=f"the {name} before it reads one tensor twice")
-    plan = _together(before(folding, part, node, inner) for part, inner in parts)
+    plan = _together((before(folding, part, node, inner) for part, inner in parts), through=node)
     if plan.obstacle is not None:
         return Plan(obstacle=f"it follows {name} ({module_name(node)}), where {plan.obstacle}")
     return plan
@@ -177,7 +186,7 @@ def _at_results(folding: Folding, node: Node, target: Affine | Table, vector: Ve
             )
     elif vector.dim != 1:
         return Plan(obstacle=f"the {target.name} before it has its channels in another dimension")
-    return Plan((Step(node, False, vector.scale, vector.shift),))
+    return Plan((Step(node, False, vector.scale, vector.shift),), changed=(node,))
 
 
 def _parts(node: Node, vector: Vector) -> Iterator[tuple[Node, Vector]]:
@@ -231,7 +240,7 @@ def _at_reader(folding: Folding, node: Node, user: Node, vector: Vector) -> Plan
         outer = onwards(user, vector)
         if outer is None:
             return Plan(obstacle=f"the {name} after it mixes channels with other dimensions")
-        return after(folding, user, outer)
+        return _together([after(folding, user, outer)], through=user)
     bound = arguments(user)
     if aten_name(user) == "cat" and bound["dim"] % _value(node).ndim == vector.dim:
         sizes = [_value(part).shape[vector.dim] for part in bound["tensors"]]
@@ -241,7 +250,7 @@ def _at_reader(folding: Folding, node: Node, user: Node, vector: Vector) -> Plan
                 if part is node:
                     begin = sum(sizes[:i])
                     ones[begin : begin + sizes[i]], zeros[begin : begin + sizes[i]] = vector.scale, vector.shift
-            return after(folding, user, Vector(vector.dim, ones, zeros))
+            return _together([after(folding, user, Vector(vector.dim, ones, zeros))], through=user)
     return Plan(obstacle=f"{name} ({module_name(user)}) after it cannot absorb it")
 
 

@@ -60,11 +60,32 @@ def aten_name(node: Node) -> str:
     return node.target._schema.name.removeprefix("aten::")
 
 
+def call_path(node: Node) -> str:
+    """Qualified name of the module that called this node, with ``@k`` for its k-th further call; "" for the model."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    key, (path, _) = list(stack.items())[-1]  # the number of a further call is in the key, or in the path
+    call = key.rpartition("@")[2] if "@" in key and "@" not in path else ""
+    return f"{path}@{call}" if path and call else path
+
+
 def module_name(node: Node) -> str:
     """Qualified name of the module that called this node; the node's own name where that is the model."""
-    stack = node.meta.get("nn_module_stack")
-    path = list(stack.values())[-1][0] if stack else ""
-    return path.partition("@")[0] or node.name
+    return call_path(node).partition("@")[0] or node.name
+
+
+def layer_of(node: Node) -> str | None:
+    """The call (as `call_path`) in the original whose result is this node's value, or None where rewrites changed it.
+
+    The mark is where ``torch.export.save`` keeps it.
+    """
+    return node.meta.get("custom", {}).get("leannorm_layer", call_path(node)) or None
+
+
+def mark_layer(node: Node, layer: str | None) -> None:
+    """Say which call's result in the original a node's value is now; None for a value that the original never has."""
+    node.meta["custom"] = node.meta.get("custom", {}) | {"leannorm_layer": layer or ""}
 
 
 def value_of(node: Node) -> Tensor | None:

@@ -17,7 +17,7 @@ import torch
 from leannorm.graph import algebra
 from leannorm.graph.absorption import Folding, Table
 from leannorm.graph.affine import Affine
-from leannorm.graph.capture import arguments, aten_name, value_of
+from leannorm.graph.capture import arguments, aten_name, mark_layer, value_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,6 +105,7 @@ def rewrite(folding: Folding, node: Node, found: Branches) -> str:
         other, other_bias = merged.values(folding.capture)
     total, offset = sum_of_kernels(weight, bias, other, other_bias, found.begin)
     kept.set_values(folding.capture, total.to(weight.dtype), offset.to(weight.dtype))
+    mark_layer(kept.node, None)
     folding.capture.replace(node, kept.node)
     folding.capture.graph.erase_node(merged.node)
     done = "folded into" if isinstance(merged, Table) else "merged with"

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from leannorm.graph.absorption import Folding, Plan, before
+from leannorm.graph.capture import layer_of, mark_layer
 from leannorm.graph.channels import Vector
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def check(folding: Folding, found: Plan) -> str | None:
 
 def rewrite(folding: Folding, node: Node, found: Plan) -> str:
     """Move the scale and the shift into the layers."""
-    changed = found.apply(folding)
-    folding.capture.replace(node, folding.tables.pop(node).input)
+    changed, source = found.apply(folding), folding.tables.pop(node).input
+    mark_layer(source, layer_of(node))
+    folding.capture.replace(node, source)
     return f"folded into {changed}"
