@@ -75,10 +75,8 @@ def test_onnxscript_fuse_batchnorm_gemm(bias, transposed, randomized):
     model.weight = nn.Parameter(torch.randn((64, 32) if transposed else (32, 64)))
     model.bias = nn.Parameter(torch.randn(64))
     ((module, action),) = folded_and_checked(randomized(model), torch.randn(3, 32))
-    assert (module, action.partition(" (")[0]) == (
-        "bn",
-        f"folded into the {'addmm' if bias else 'mm'} {action.split()[-1]}",
-    )
+    assert module == "bn"
+    assert action.startswith(f"folded into the {'addmm' if bias else 'mm'} ")
 
 
 def test_onnxscript_fuse_batchnorm_non_initializers():
@@ -137,8 +135,10 @@ def test_pytorch_multi_user_conv_op(layer, norm, bias, randomized):
 
     actions = folded_and_checked(randomized(Layers(forward, **layers)), x)
     kinds = [(module, action.partition(" ")[0]) for module, action in actions]
-    assert kinds == [("bn1", "folded"), ("bn2", "replaced"), ("bn3", "folded"), ("bn3", "replaced")]
-    assert "shares its weight with" in actions[1][1]
+    second = "replaced" if "Transpose" in layer.__name__ else "folded"  # conv2 is called twice, conv3 may take it
+    assert kinds == [("bn1", "folded"), ("bn2", second), ("bn3", "folded"), ("bn3", "replaced")]
+    assert ("shares its weight with" in actions[1][1]) == (second == "replaced")
+    assert actions[1][1].endswith(" conv3") == (second == "folded")
 
 
 def test_pytorch_197539_a_reused_convolution_is_not_corrupted(randomized):

@@ -123,11 +123,12 @@ class Plan:
     def apply(self, folding: Folding) -> str:
         """Take all steps; returns the names of what was changed."""
         targets = [folding.target(step.node) for step in self.steps]
+        names = [f"the {target.name} {target.module}" for target in targets if target is not None]
         for step in self.steps:
             step.apply(folding)
         for node in self.changed:
             mark_layer(node, None)
-        return " and ".join(f"the {target.name} {target.module}" for target in targets if target is not None)
+        return " and ".join(names)
 
 
 def _together(plans: Iterable[Plan], through: Node | None = None) -> Plan:
