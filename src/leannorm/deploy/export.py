@@ -64,6 +64,14 @@ def export_onnx(
     save(model, path)
 
 
+def add_metadata(path: str | Path, metadata: Mapping[str, str]) -> None:
+    """Add properties to a file, or replace those of the same names; what it computes stays as it is."""
+    model = onnx.load(path)
+    kept = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(model, kept | dict(metadata))
+    save(model, path)
+
+
 def save(model: onnx.ModelProto, path: str | Path) -> None:
     """Check a model and write it through a temporary name in the same folder.
 

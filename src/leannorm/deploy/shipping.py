@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 import json
 import tempfile
@@ -16,7 +17,7 @@ from torch.export import ExportedProgram
 
 import leannorm
 from leannorm import records
-from leannorm.deploy.export import export_onnx
+from leannorm.deploy.export import add_metadata, export_onnx
 from leannorm.deploy.normalization import normalization_nodes
 from leannorm.deploy.runtime import Session, latency_ms
 from leannorm.deploy.verify import verify
@@ -26,6 +27,7 @@ from leannorm.quantize.static import quantize_int8
 from leannorm.records import Deployment, Recalibration, ShippedFile, TrainingRun, TransformReport, Verification
 from leannorm.train import checkpoint as checkpoints
 from leannorm.train.data import ImageData
+from leannorm.train.environment import environment
 
 FP32, INT8, REPORT, PAGE = FILES = ("model.fp32.onnx", "model.int8.onnx", "report.json", "report.html")
 
@@ -160,11 +162,15 @@ def _shipped(
 ) -> ShippedFile:
     session = Session(path)
     verification = verify(model, session, images.val_dataloader(), max_error=max_error)
+    latency = latency_ms(session, (example,))
+    # A summary: the layers are in the report.
+    summary = {name: value for name, value in dataclasses.asdict(verification).items() if name != "layers"}
+    add_metadata(path, {"verification": json.dumps(summary)})
     return ShippedFile(
         file=path.name,
         precision=precision,
         bytes=path.stat().st_size,
-        latency_ms=latency_ms(session, (example,)),
+        latency_ms=latency,
         normalization_nodes=normalization_nodes(onnx.load(path)),
         verification=verification,
         failures=_failures(precision, verification),
@@ -207,6 +213,9 @@ def _metadata(
         "statistics": training.statistics,
         "running_statistics": recalibration.kept,
         "checkpoint": checkpoint.name,
+        "data": training.data,
+        "training_commit": training.environment.commit,
+        "deployment_commit": environment().commit,
         "classes": json.dumps(images.classes),
         "input_mean": json.dumps(preprocessing.mean),
         "input_std": json.dumps(preprocessing.std),
