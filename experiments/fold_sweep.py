@@ -236,7 +236,6 @@ def main() -> None:
         import timm
 
         here = environment()
-        torch.set_grad_enabled(False)
         for name in names(known):
             if name in known and not (options.retry and known[name].failure is not None):
                 continue
