@@ -4,12 +4,13 @@
     .venv/bin/python experiments/fold_sweep.py --seconds 240       # as much as fits
     .venv/bin/python experiments/fold_sweep.py --table             # what is there, in Markdown
 
-Every torchvision classification model and the smallest of each timm family that have batch normalization, with random
-weights, statistics, gamma and beta. Raw results: `benchmarks/results/fold-sweep.json`, one record a model.
+Every torchvision classification model, and some of each timm family that have batch normalization, with random weights,
+statistics, gamma and beta. Raw results: `benchmarks/results/fold-sweep.json`, one record a model.
 """
 
 import argparse
 import collections
+import functools
 import gc
 import json
 import time
@@ -29,7 +30,7 @@ from leannorm.train.environment import environment
 from leannorm.train.models import build, import_torchvision
 
 RESULT = Path("benchmarks/results/fold-sweep.json")
-FAMILY = 4  # models of each timm family
+FAMILY = 4  # models of each timm family, among the first of its names
 LARGEST = 60_000_000  # parameters of a timm model
 
 
@@ -165,16 +166,16 @@ def names(known: dict[str, Swept]) -> Iterator[str]:
     yield from (f"torchvision:{name}" for name in models.list_models(module=models))
     import timm
 
-    for family in timm.list_modules():
-        found = 0
-        for name in timm.list_models(module=family):
-            if found == FAMILY:
-                break
-            if f"timm:{name}" in known or _fits(name):
-                found += 1
-                yield f"timm:{name}"
+    for wanted in (2, FAMILY):  # all families before more of each
+        for family in timm.list_modules():
+            found = 0
+            for name in timm.list_models(module=family)[: 4 * FAMILY]:
+                if found < wanted and (f"timm:{name}" in known or _fits(name)):
+                    found += 1
+                    yield f"timm:{name}"
 
 
+@functools.cache
 def _fits(name: str) -> bool:
     import timm
 
