@@ -123,6 +123,22 @@ def test_a_table_that_overflows_is_refused(randomized):
     assert len(list(find(folded.graph))) == 1
 
 
+def test_two_norms_that_overflow_together_stay_two(randomized):
+    model = randomized(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3), nn.BatchNorm2d(3)))
+    with torch.no_grad():
+        for norm in (model[1], model[2]):
+            norm.weight.fill_(1e3)
+            norm.running_mean.zero_()
+            norm.bias.zero_()
+    x = 1e-3 * torch.randn(2, 3, 4, 4).half()
+    folded, report = fold(model, x)
+    assert [change.action.partition(":")[0] for change in report.changes] == [
+        "replaced by a scale and a shift per channel"
+    ] * 2
+    assert "the folded weights do not fit into torch.float16" in report.changes[0].action
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-2, atol=1e-2)
+
+
 def test_an_operator_that_is_only_called_like_one_of_torch_is_none():
     with torch.library._scoped_library("mine", "DEF") as library:
         library.define("add(Tensor x, Tensor y) -> Tensor")

@@ -115,7 +115,9 @@ class Plan:
         if self.obstacle is not None:
             return self.obstacle
         for step in self.steps:
-            constants = step.constants(folding)
+            constants, value = step.constants(folding), value_of(step.node)
+            if isinstance(folding.target(step.node), Table) and value is not None:
+                constants = tuple(constant.to(value.dtype) for constant in constants)  # as the table will hold them
             if not all(torch.isfinite(tensor.sum(dtype=torch.float64)) for tensor in constants):
                 return f"the folded weights do not fit into {constants[0].dtype}"
         return None
