@@ -149,12 +149,22 @@ class TrainingTrace:
 
 
 @dataclass(frozen=True)
+class LayerError:
+    """How far a candidate is from its reference at one layer, by the errors of `Verification`."""
+
+    layer: str
+    relative_error: float
+    maximum_error: float
+
+
+@dataclass(frozen=True)
 class Verification:
     """How far a candidate is from its reference on the same batches.
 
     ``relative_error`` is ``||candidate - reference|| / ||reference||`` over all outputs (2-norms), ``maximum_error``
     the largest absolute difference; agreement and accuracies are shares in [0, 1], None where labels or classes are
-    missing; ``passed`` is ``relative_error <= max_error``.
+    missing; ``passed`` is ``relative_error <= max_error``. ``layers`` compares the first batch at each layer that both
+    have, in the order in which the reference runs them; ``first_wrong_layer`` is the first above ``max_error``.
     """
 
     samples: int
@@ -165,6 +175,8 @@ class Verification:
     candidate_accuracy: float | None
     max_error: float
     passed: bool
+    layers: tuple[LayerError, ...] = ()
+    first_wrong_layer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -216,7 +228,7 @@ def from_json(cls: type[T], text: str) -> T:
     """Read a record of type ``cls`` from JSON text.
 
     Raises:
-        ValueError: if a field is missing, unknown, or of another type than the record says.
+        ValueError: if a field without a default is missing, or one is unknown or of another type than the record says.
     """
     return _decode(cls, json.loads(text), cls.__name__)
 
@@ -248,10 +260,11 @@ def read(cls: type[T], path: str | Path) -> T:
 def _decode(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         hints = typing.get_type_hints(hint)
-        if not isinstance(value, dict) or value.keys() != hints.keys():
+        required = {field.name for field in dataclasses.fields(hint) if field.default is dataclasses.MISSING}
+        if not isinstance(value, dict) or not required <= value.keys() <= hints.keys():
             got = sorted(value) if isinstance(value, dict) else type(value).__name__
             raise ValueError(f"{where}: expected the fields {sorted(hints)}, got {got}")
-        return hint(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in hints})
+        return hint(**{name: _decode(hints[name], value[name], f"{where}.{name}") for name in value})
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple:
         if not isinstance(value, list | tuple):

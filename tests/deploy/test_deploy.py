@@ -76,6 +76,8 @@ def test_the_fp32_file_is_the_model(shipped):
     deployment, _ = shipped
     verification = deployment.files[0].verification
     assert verification.relative_error < 1e-5
+    assert [layer.layer for layer in verification.layers] == ["1", "2", "4", "5", "6", "8", "9", "10"]
+    assert verification.first_wrong_layer is None
     assert verification.argmax_agreement == 1
     assert verification.samples == 359
     kept = max(deployment.recalibration.trained_accuracy, deployment.recalibration.recalibrated_accuracy)
@@ -100,6 +102,12 @@ def test_the_files_say_what_they_are(shipped, checkpoint):
         properties = {entry.key: entry.value for entry in onnx.load(out / file.file).metadata_props}
         assert properties["statistics"] == "fs:1/4+vdn:1"
         assert properties["checkpoint"] == "last.ckpt"
+        assert properties["data"] == "digits"
+        assert properties["training_commit"] == deployment.training.environment.commit
+        assert properties["deployment_commit"]
+        verified = json.loads(properties["verification"])
+        assert verified["relative_error"] == file.verification.relative_error
+        assert verified["candidate_accuracy"] == file.verification.candidate_accuracy
         assert properties["leannorm_version"] == leannorm.__version__
         assert json.loads(properties["classes"]) == list("0123456789")
         assert json.loads(properties["input_mean"]) == list(preprocessing.mean)
@@ -125,6 +133,10 @@ def test_overwrite_replaces_the_deployment_and_nothing_else(checkpoint, tmp_path
     # What does not pass is written too, for a look at it, and says so.
     assert not deployment.passed
     assert not deployment.files[0].verification.passed
+    assert (
+        f"it goes wrong at {deployment.files[0].verification.first_wrong_layer} first"
+        in deployment.files[0].failures[0]
+    )
 
 
 @pytest.mark.parametrize("exists", [False, True])

@@ -71,6 +71,32 @@ def test_metadata_is_in_the_file(shipped):
     assert properties == {"classes": json.dumps(["ä", "b"]), "statistics": "grid:1/32"}
 
 
+def test_a_model_like_densenet_ships_without_normalization(tmp_path):
+    class Dense(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm1, self.conv1, self.norm2 = nn.BatchNorm2d(3), nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8)
+            self.conv2, self.norm3, self.fc = nn.Conv2d(8, 4, 3, padding=1), nn.BatchNorm2d(7), nn.Linear(7, 5)
+
+        def forward(self, x):
+            new = self.conv2(self.norm2(self.conv1(self.norm1(x).relu())).relu())
+            return self.fc(self.norm3(torch.cat([x, new], 1)).relu().mean((2, 3)))
+
+    model = Dense().eval()
+    for norm in (model.norm1, model.norm2, model.norm3):
+        nn.init.normal_(norm.running_mean)
+        nn.init.normal_(norm.weight)
+    program, report = fold(program_of(model))
+    assert [change.action.partition(" ")[0] for change in report.changes] == ["replaced", "folded", "replaced"]
+    export_onnx(program, tmp_path / "model.onnx", **NAMES, metadata={})
+    shipped = onnx.load(tmp_path / "model.onnx")
+    assert normalization_nodes(shipped) == ()
+    operators = [node.op_type for node in shipped.graph.node]
+    assert [operators.count(name) for name in ("Mul", "Add", "Conv", "BatchNormalization")] == [2, 2, 2, 0]
+    record = verify(model, Session(tmp_path / "model.onnx"), [torch.randn(n, 3, 8, 8) for n in (1, 3)], max_error=1e-5)
+    assert record.passed
+
+
 def test_an_unfolded_model_is_found_out(tmp_path):
     model = nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)).eval()
     export_onnx(program_of(model), tmp_path / "model.onnx", **NAMES, metadata={})

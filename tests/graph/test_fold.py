@@ -14,7 +14,7 @@ from torch.export import Dim, export
 import leannorm
 from leannorm.graph import compare, fold
 from leannorm.graph.batch_norm import find
-from leannorm.records import Change, Refusal
+from leannorm.records import Change
 
 # torch.export.save, run_decompositions and deepcopy copy pytrees through a class that torch deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
@@ -269,11 +269,11 @@ def test_example_inputs_are_required_and_programs_keep_their_shapes(randomized):
 
 
 def test_a_wrong_result_never_leaves(randomized, monkeypatch):
-    from leannorm.graph.rules import conv_batch_norm
+    from leannorm.graph import algebra
 
-    right = conv_batch_norm.fold_convolution
+    right = algebra.scale_outputs
     monkeypatch.setattr(
-        conv_batch_norm, "fold_convolution", lambda *args: tuple(1.001 * value for value in right(*args))
+        algebra, "scale_outputs", lambda *args, **options: tuple(1.001 * value for value in right(*args, **options))
     )
     with pytest.raises(RuntimeError, match="output 0 by a relative error of"):
         fold(randomized(Small()), torch.randn(2, 3, 8, 8))
@@ -319,7 +319,9 @@ def test_a_batch_norm_without_a_module_is_named_by_its_node():
             return F.batch_norm(x, self.mean, self.var)
 
     _, report = fold(Bare().eval(), torch.randn(2, 3, 4, 4))
-    assert report.refusals == (Refusal("batch_norm", "it follows input (x), which cannot absorb it"),)
+    reason = "it follows input (x), which cannot absorb it; its result is an output of the model"
+    assert report.changes == (Change("batch_norm", f"replaced by a scale and a shift per channel: {reason}"),)
+    assert report.refusals == ()
 
 
 class Paired(nn.Module):

@@ -1,4 +1,4 @@
-"""What fold leaves alone, each with its reason, and the outputs stay as they were."""
+"""What no neighbour takes up, and what fold leaves alone: each with its reason, and the outputs stay as they were."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def tied_bias():
     return layers
 
 
-CASES = {
+# Folding would be wrong: these become a scale and a shift.
+TABLED = {
     "output with two users": (
         Layers(lambda m, x: m.bn(y := m.conv(x)) + y, **conv_bn()),
         IMAGES,
@@ -87,6 +88,39 @@ CASES = {
         (IMAGES, torch.randn(3, 3, 3, 3)),
         {"bn": "the weight of the conv2d before it is not a constant"},
     ),
+    "linear on three dimensions": (
+        Layers(lambda m, x: m.bn(m.fc(x)), fc=nn.Linear(5, 7), bn=nn.BatchNorm1d(4)),
+        torch.randn(2, 4, 5),
+        {"bn": "dimension 1 is not its channels"},
+    ),
+    "linear on as many tokens as features": (
+        Layers(lambda m, x: m.bn(m.fc(x)), fc=nn.Linear(5, 4), bn=nn.BatchNorm1d(4)),
+        torch.randn(2, 4, 5),
+        {"bn": "dimension 1 is not its channels"},
+    ),
+    "convolution without a batch": (
+        Layers(lambda m, x: m.bn(m.conv(x)), conv=nn.Conv2d(3, 8, 1), bn=nn.BatchNorm1d(8)),
+        torch.randn(3, 8, 8),
+        {"bn": "dimension 1 is not its channels"},
+    ),
+    "activation before": (
+        Layers(lambda m, x: m.bn(m.act(m.conv(x))), act=nn.ReLU(), **conv_bn()),
+        IMAGES,
+        {"bn": "it follows relu (act)"},
+    ),
+    "concatenation before": (
+        Layers(lambda m, x: m.bn(torch.cat([m.conv(x), x], 1)), conv=nn.Conv2d(3, 3, 1), bn=nn.BatchNorm2d(6)),
+        IMAGES,
+        {"bn": "it follows cat (cat), where it follows input (inputs_0)"},
+    ),
+    "the model's input before": (
+        Layers(lambda m, x: m.conv(m.bn(x)), **conv_bn()),
+        IMAGES,
+        {"bn": "it follows input (inputs_0)"},
+    ),
+}
+
+REFUSED = {
     "no running statistics": (
         Layers(lambda m, x: m.bn(m.conv(x)), conv=nn.Conv2d(3, 3, 3), bn=nn.BatchNorm2d(3, track_running_stats=False)),
         IMAGES,
@@ -110,63 +144,60 @@ CASES = {
         IMAGES,
         {"bn": "its running_mean is not constant"},
     ),
-    "linear on three dimensions": (
-        Layers(lambda m, x: m.bn(m.fc(x)), fc=nn.Linear(5, 7), bn=nn.BatchNorm1d(4)),
-        torch.randn(2, 4, 5),
-        {"bn": "dimension 1 is not its output features"},
-    ),
-    "linear on as many tokens as features": (
-        Layers(lambda m, x: m.bn(m.fc(x)), fc=nn.Linear(5, 4), bn=nn.BatchNorm1d(4)),
-        torch.randn(2, 4, 5),
-        {"bn": "dimension 1 is not its output features"},
-    ),
-    "convolution without a batch": (
-        Layers(lambda m, x: m.bn(m.conv(x)), conv=nn.Conv2d(3, 8, 1), bn=nn.BatchNorm1d(8)),
-        torch.randn(3, 8, 8),
-        {"bn": "has no batch dimension: dimension 1 is not its output channels"},
-    ),
-    "transposed convolution": (
-        Layers(lambda m, x: m.bn(m.conv(x)), conv=nn.ConvTranspose2d(3, 3, 3), bn=nn.BatchNorm2d(3)),
-        IMAGES,
-        {"bn": "it follows conv_transpose2d (conv)"},
-    ),
-    "activation before": (
-        Layers(lambda m, x: m.bn(m.act(m.conv(x))), act=nn.ReLU(), **conv_bn()),
-        IMAGES,
-        {"bn": "it follows relu (act)"},
-    ),
-    "concatenation before": (
-        Layers(lambda m, x: m.bn(torch.cat([m.conv(x), x], 1)), conv=nn.Conv2d(3, 3, 1), bn=nn.BatchNorm2d(6)),
-        IMAGES,
-        {"bn": "it follows cat (cat)"},
-    ),
-    "the model's input before": (
-        Layers(lambda m, x: m.conv(m.bn(x)), **conv_bn()),
-        IMAGES,
-        {"bn": "it follows input (inputs_0)"},
-    ),
     "inside a branch": (
         Layers(lambda m, x: torch.cond(x.sum() > 0, lambda x: m.bn(m.conv(x)), lambda x: m.conv(x), (x,)), **conv_bn()),
         IMAGES,
         {"batch_norm": "it runs in a region that the graph calls"},
     ),
+    "group normalization": (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4)),
+        IMAGES,
+        {"1": "it is group normalization, by statistics of each input"},
+    ),
+    "instance normalization": (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True)),
+        IMAGES,
+        {"1": "it is instance normalization, by statistics of each input"},
+    ),
+    "layer normalization": (
+        nn.Sequential(nn.Linear(8, 5), nn.LayerNorm(5)),
+        torch.randn(2, 8),
+        {"1": "it is layer normalization, by statistics of each input"},
+    ),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_refused_with_its_reason_and_left_exact(case, randomized):
-    model, inputs, reasons = CASES[case]
+def unchanged_by_fold(model, inputs):
+    """The report, after checking that the folded model computes the same and the model stays as it is."""
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-    model = randomized(model)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     folded, report = fold(model, inputs)
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    torch.testing.assert_close(folded(*inputs), copy.deepcopy(model)(*inputs))
+    return report
+
+
+@pytest.mark.parametrize("case", TABLED)
+def test_not_folded_with_its_reason_and_left_exact(case, randomized):
+    model, inputs, reasons = TABLED[case]
+    report = unchanged_by_fold(randomized(model), inputs)
+    assert [refusal for refusal in report.refusals if refusal.module] == []
+    actions = {change.module: change.action for change in report.changes}
+    assert actions.keys() == reasons.keys()
+    for module, reason in reasons.items():
+        assert actions[module].startswith("replaced by a scale and a shift per channel: ")
+        assert reason in actions[module]
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with_its_reason_and_left_alone(case, randomized):
+    model, inputs, reasons = REFUSED[case]
+    report = unchanged_by_fold(randomized(model), inputs)
     assert report.changes == ()
     refusals = {refusal.module: refusal.reason for refusal in report.refusals if refusal.module}
     assert refusals.keys() == reasons.keys()
     for module, reason in reasons.items():
         assert reason in refusals[module]
-    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
-    torch.testing.assert_close(folded(*inputs), copy.deepcopy(model)(*inputs))
 
 
 def test_training_mode_is_refused_and_not_switched(randomized):
@@ -240,7 +271,7 @@ def test_weights_that_overflow_their_dtype_are_refused(randomized):
 
 
 @pytest.mark.parametrize("case", ["addmm of a residual", "scaled product"])
-def test_products_that_are_no_linear_layers_are_refused(case, randomized):
+def test_products_that_are_no_linear_layers_absorb_nothing(case, randomized):
     def forward(m, x):
         if case == "scaled product":
             return m.bn(torch.addmm(m.bias, x, m.weight, alpha=2))
@@ -248,14 +279,17 @@ def test_products_that_are_no_linear_layers_are_refused(case, randomized):
 
     model = Layers(forward, bn=nn.BatchNorm1d(4))
     model.weight, model.bias = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
-    _, report = fold(randomized(model), torch.randn(3, 4))
-    assert report.changes == ()
-    assert [refusal.module for refusal in report.refusals] == ["bn"]
+    report = unchanged_by_fold(randomized(model), torch.randn(3, 4))
+    assert [change.action.partition(":")[0] for change in report.changes] == [
+        "replaced by a scale and a shift per channel"
+    ]
 
 
 def test_a_layer_called_twice_is_reported_twice(randomized):
     model = randomized(Layers(lambda m, x: m.bn(F.relu(m.bn(m.conv(x)))), **conv_bn()))
     folded, report = fold(model, IMAGES)
-    assert [change.module for change in report.changes] == ["bn"]
-    assert [refusal.module for refusal in report.refusals] == ["bn"]
+    assert [(change.module, change.action.partition(" ")[0]) for change in report.changes] == [
+        ("bn", "folded"),
+        ("bn", "replaced"),
+    ]
     torch.testing.assert_close(folded(IMAGES), model(IMAGES))

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from leannorm.graph import fold
+from leannorm.graph.algebra import embed, identity_kernel, scale_inputs, scale_outputs
 from leannorm.graph.batch_norm import scale_and_shift
-from leannorm.graph.rules.conv_batch_norm import fold_convolution
-from leannorm.graph.rules.linear_batch_norm import fold_linear
+from leannorm.graph.rules.parallel import sum_of_kernels
 
 CONVOLUTIONS = {1: (nn.Conv1d, nn.BatchNorm1d), 2: (nn.Conv2d, nn.BatchNorm2d), 3: (nn.Conv3d, nn.BatchNorm3d)}
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 
 def batch_norm_parameters(channels, affine=True):
@@ -53,23 +54,66 @@ def convolution_blocks(draw):
     return block.double(), torch.randn(draw(st.integers(1, 3)), inputs, *[size] * dims, dtype=torch.float64)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(convolution_blocks())
-def test_convolutions_of_any_configuration_fold(block):
-    model, x = block
-    norm = model[1]
+@st.composite
+def transposed_blocks(draw):
+    """A transposed convolution -> batch normalization of any configuration, and an input that fits."""
+    dims, groups = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 4]))
+    inputs, outputs = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 3))
+    stride, dilation = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    layer = TRANSPOSED[dims](
+        inputs,
+        outputs,
+        draw(st.integers(1, 3)),
+        stride,
+        padding=0,
+        output_padding=draw(st.integers(0, max(stride, dilation) - 1)),
+        groups=groups,
+        bias=draw(st.booleans()),
+        dilation=dilation,
+    )
+    norm = CONVOLUTIONS[dims][1](outputs, eps=draw(st.sampled_from([1e-5, 1e-3])), affine=draw(st.booleans()))
+    return nn.Sequential(layer, norm).double(), torch.randn(draw(st.integers(1, 3)), inputs, *[4] * dims).double()
+
+
+def randomize(norm):
     with torch.no_grad():
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.1, 3)
         if norm.affine:
             norm.weight.normal_()
             norm.bias.normal_()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.one_of(convolution_blocks(), transposed_blocks()))
+def test_convolutions_of_any_configuration_fold(block):
+    model, x = block
+    randomize(model[1])
     model.eval()
     folded, report = fold(model, x)
     assert [change.module for change in report.changes] == ["1"]
+    assert report.changes[0].action.startswith("folded into the conv")
     assert report.refusals == ()
     x = torch.cat([x, -x, x + 1])
     torch.testing.assert_close(folded(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(convolution_blocks())
+def test_batch_norm_before_convolutions_folds_or_is_refused_for_its_border(block):
+    layer, x = block
+    norm = CONVOLUTIONS[x.ndim - 2][1](x.shape[1]).double()
+    randomize(norm)
+    model = nn.Sequential(norm, nn.Sequential(layer[0])).eval()
+    folded, report = fold(model, x)
+    (change,) = report.changes
+    padding = layer[0].padding
+    zeros = layer[0].padding_mode == "zeros" and padding != "valid" and (padding == "same" or any(padding))
+    assert change.action.startswith("replaced by" if zeros else "folded into the conv")
+    assert "would get no shift" in change.action or not zeros
+    x = torch.cat([x, -x, x + 1])
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -84,28 +128,76 @@ def test_scale_and_shift_are_batch_normalization_in_eval_mode(affine, shape):
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_fold_convolution_computes_in_float64_and_keeps_the_dtype(with_bias):
-    weight, bias = torch.randn(6, 2, 3, 3), torch.randn(6) if with_bias else None
-    scale, shift = scale_and_shift(*batch_norm_parameters(6), 1e-5)
-    folded, offset = fold_convolution(weight, bias, scale, shift)
-    assert folded.dtype == offset.dtype == torch.float32
-    exact = weight.double() * scale[:, None, None, None]
-    assert torch.equal(folded, exact.float())
-    assert torch.equal(offset, (shift if bias is None else scale * bias.double() + shift).float())
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_scales_of_outputs_and_inputs_are_the_composition(transposed, groups, with_bias):
+    layer = (nn.ConvTranspose2d if transposed else nn.Conv2d)(4, 6, 3, groups=groups, bias=with_bias).double()
+    x = torch.randn(2, 4, 7, 7).double()
+    options = {"groups": groups, "inputs_first": transposed}
+
+    def run(weight, bias, x):
+        return (F.conv_transpose2d if transposed else F.conv2d)(x, weight, bias, groups=groups)
+
+    scale, shift = torch.randn(6).double(), torch.randn(6).double()
+    expected = scale[:, None, None] * layer(x) + shift[:, None, None]
+    got = run(*scale_outputs(layer.weight, layer.bias, scale, shift, **options), x)
+    torch.testing.assert_close(got, expected)
+
+    scale, shift = torch.randn(4).double(), torch.randn(4).double()
+    expected, got = (
+        layer(scale[:, None, None] * x + shift[:, None, None]),
+        scale_inputs(layer.weight, layer.bias, scale, shift, **options),
+    )
+    got = run(*got, x)
+    inside = (..., slice(2, -2), slice(2, -2)) if transposed else ...  # there each output has its whole kernel
+    torch.testing.assert_close(got[inside], expected[inside])
 
 
 @pytest.mark.parametrize("output_dim", [0, 1])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_fold_linear_is_the_composition(output_dim, with_bias):
+def test_scales_of_linear_layers_are_the_composition(output_dim):
     x, weight, bias = torch.randn(5, 4).double(), torch.randn(3, 4).double(), torch.randn(3).double()
-    norm_weight, norm_bias, mean, var = batch_norm_parameters(3)
-    bias = bias if with_bias else None
-    expected = F.batch_norm(F.linear(x, weight, bias), mean, var, norm_weight, norm_bias, training=False)
     stored = weight if output_dim == 0 else weight.T
-    folded, offset = fold_linear(
-        stored, bias, *scale_and_shift(norm_weight, norm_bias, mean, var, 1e-5), output_dim=output_dim
-    )
-    torch.testing.assert_close(F.linear(x, folded if output_dim == 0 else folded.T, offset), expected)
+
+    def run(weight, bias, x):
+        return F.linear(x, weight if output_dim == 0 else weight.T, bias)
+
+    scale, shift = torch.randn(3).double(), torch.randn(3).double()
+    got = scale_outputs(stored, bias, scale, shift, inputs_first=output_dim == 1)
+    torch.testing.assert_close(run(*got, x), scale * F.linear(x, weight, bias) + shift)
+    scale, shift = torch.randn(4).double(), torch.randn(4).double()
+    got = scale_inputs(stored, bias, scale, shift, inputs_first=output_dim == 1)
+    torch.testing.assert_close(run(*got, x), F.linear(scale * x + shift, weight, bias))
+
+
+def test_scales_compute_in_float64_and_forget_nothing_of_float32():
+    weight, bias, scale, shift = (torch.randn(shape) for shape in ((6, 2, 3, 3), (6,), (6,), (6,)))
+    folded, offset = scale_outputs(weight, bias, scale, shift)
+    assert folded.dtype == offset.dtype == torch.float64
+    assert torch.equal(folded, weight.double() * scale.double()[:, None, None, None])
+    assert torch.equal(offset, bias.double() * scale.double() + shift.double())
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_an_identity_kernel_hands_every_channel_on(groups):
+    x = torch.randn(2, 4, 5, 6).double()
+    weight = identity_kernel(4, groups, (3, 5), (1, 2))
+    assert torch.equal(F.conv2d(x, weight, padding=(1, 2), groups=groups), x)
+
+
+@pytest.mark.parametrize("begin", [(0, 0), (1, 1), (2, 1)])
+def test_a_kernel_laid_into_a_larger_one_reads_the_same_places(begin):
+    x, small = torch.randn(2, 3, 8, 8).double(), torch.randn(4, 3, 1, 2).double()
+    larger = embed(small, (3, 3), begin)
+    got = F.conv2d(F.pad(x, (begin[1], 2 - begin[1], begin[0], 2 - begin[0])), larger)
+    torch.testing.assert_close(got[..., : 8 - 1], F.conv2d(x, small)[..., : 8 - 1])
+
+
+def test_a_sum_of_kernels_is_the_sum_of_the_convolutions():
+    x, weight, other = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3), torch.randn(4, 3, 1, 1)
+    bias = torch.randn(4)
+    merged, offset = sum_of_kernels(weight, None, other, bias, (1, 1))
+    expected = F.conv2d(x.double(), weight.double(), padding=1) + F.conv2d(x.double(), other.double(), bias.double())
+    torch.testing.assert_close(F.conv2d(x.double(), merged, offset, padding=1), expected)
 
 
 class Product(nn.Module):

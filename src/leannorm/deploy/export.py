@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,9 @@ from pathlib import Path
 
 import torch
 from torch.export import ExportedProgram
+
+from leannorm.deploy.layers import LAYER
+from leannorm.graph.capture import layer_of
 
 try:
     import onnx
@@ -30,7 +34,8 @@ def export_onnx(
     """Write a program as an ONNX file.
 
     A free dimension 0 of the first input is named ``batch``. The stack traces that torch attaches to every node are
-    left out: they hold the source code and its place on this machine.
+    left out: they hold the source code and its place on this machine. Nodes whose value is a layer's result in the
+    original model carry that layer's name (`LAYER`).
 
     Args:
         program: a folded program whose batch is free.
@@ -49,12 +54,21 @@ def export_onnx(
         exported = torch.onnx.export(program, dynamo=True, verbose=False, input_names=inputs, output_names=outputs)
     assert exported is not None
     model = exported.model_proto
+    _name_layers(model.graph, exported.exported_program or program)
     batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
     if not batch:
         raise ValueError("the model takes one size of batch only: export it with a free dimension 0")
     _rename_dimension(model.graph, batch, "batch")
     _drop_traces(model.graph)
     onnx.helper.set_model_props(model, dict(metadata))
+    save(model, path)
+
+
+def add_metadata(path: str | Path, metadata: Mapping[str, str]) -> None:
+    """Add properties to a file, or replace those of the same names; what it computes stays as it is."""
+    model = onnx.load(path)
+    kept = {entry.key: entry.value for entry in model.metadata_props}
+    onnx.helper.set_model_props(model, kept | dict(metadata))
     save(model, path)
 
 
@@ -81,6 +95,17 @@ def _rename_dimension(graph: onnx.GraphProto, old: str, new: str) -> None:
         for dimension in value.type.tensor_type.shape.dim:
             if dimension.dim_param == old:
                 dimension.dim_param = new
+
+
+def _name_layers(graph: onnx.GraphProto, program: ExportedProgram) -> None:
+    layers = {node.name: layer_of(node) for node in program.graph.nodes if node.op == "call_function"}
+    for node in graph.node:
+        for entry in node.metadata_props:
+            if entry.key == "pkg.torch.onnx.name_scopes":  # the last of these names is the program's node
+                layer = layers.get(ast.literal_eval(entry.value)[-1])
+                if layer is not None:
+                    node.metadata_props.add(key=LAYER, value=layer)
+                break
 
 
 def _drop_traces(graph: onnx.GraphProto) -> None:

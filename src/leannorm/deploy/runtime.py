@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from leannorm.deploy.layers import LAYER
+
 try:
     import onnxruntime
 except ImportError as missing:
@@ -42,13 +44,37 @@ class Session:
         Raises:
             ValueError: if the number of inputs is not the file's.
         """
+        results = self._session.run(None, self._feeds(inputs))
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def observe(self, *inputs: Tensor | np.ndarray) -> tuple[Any, dict[str, Tensor]]:
+        """Run, and give the results of the layers that the file's nodes name beside what `__call__` returns.
+
+        Needs onnx. The values come from a second session, whose further outputs keep the runtime from fusing across
+        them: errors can differ slightly from those of the file as it runs.
+        """
+        session, layers = self._observer()
+        values = session.run(list(layers.values()), self._feeds(inputs)) if layers else []
+        return self(*inputs), {layer: torch.as_tensor(value) for layer, value in zip(layers, values, strict=True)}
+
+    def _observer(self) -> tuple[onnxruntime.InferenceSession, dict[str, str]]:
+        import onnx
+
+        model = onnx.load(self.path)
+        layers = {e.value: node.output[0] for node in model.graph.node for e in node.metadata_props if e.key == LAYER}
+        held = {output.name for output in model.graph.output}
+        for name in layers.values():
+            if name not in held:
+                model.graph.output.add(name=name)
+        providers = ["CPUExecutionProvider"]
+        return onnxruntime.InferenceSession(model.SerializeToString(), providers=providers), layers
+
+    def _feeds(self, inputs: tuple[Tensor | np.ndarray, ...]) -> dict[str, np.ndarray]:
         if len(inputs) != len(self.inputs):
             raise ValueError(
                 f"{self.path} takes {len(self.inputs)} inputs ({', '.join(self.inputs)}), got {len(inputs)}"
             )
-        feeds = {name: _array(value) for name, value in zip(self.inputs, inputs, strict=True)}
-        results = self._session.run(None, feeds)
-        return results[0] if len(results) == 1 else tuple(results)
+        return {name: _array(value) for name, value in zip(self.inputs, inputs, strict=True)}
 
 
 def latency_ms(model: Callable[..., Any], inputs: tuple[Any, ...], *, seconds: float = 0.5) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import itertools
 import json
 import tempfile
@@ -18,7 +19,7 @@ import leannorm
 from leannorm import records
 from leannorm.conversion.methods import settle
 from leannorm.conversion.recalibration import can_recalibrate
-from leannorm.deploy.export import export_onnx
+from leannorm.deploy.export import add_metadata, export_onnx
 from leannorm.deploy.normalization import normalization_nodes
 from leannorm.deploy.runtime import Session, latency_ms
 from leannorm.deploy.verify import verify
@@ -28,6 +29,7 @@ from leannorm.quantize.static import quantize_int8
 from leannorm.records import Deployment, Recalibration, ShippedFile, TrainingRun, TransformReport, Verification
 from leannorm.train import checkpoint as checkpoints
 from leannorm.train.data import ImageData
+from leannorm.train.environment import environment
 
 FP32, INT8, REPORT, PAGE = FILES = ("model.fp32.onnx", "model.int8.onnx", "report.json", "report.html")
 
@@ -165,11 +167,15 @@ def _shipped(
 ) -> ShippedFile:
     session = Session(path)
     verification = verify(model, session, images.val_dataloader(), max_error=max_error)
+    latency = latency_ms(session, (example,))
+    # A summary: the layers are in the report.
+    summary = {name: value for name, value in dataclasses.asdict(verification).items() if name != "layers"}
+    add_metadata(path, {"verification": json.dumps(summary)})
     return ShippedFile(
         file=path.name,
         precision=precision,
         bytes=path.stat().st_size,
-        latency_ms=latency_ms(session, (example,)),
+        latency_ms=latency,
         normalization_nodes=normalization_nodes(onnx.load(path)),
         verification=verification,
         failures=_failures(precision, verification),
@@ -180,8 +186,10 @@ def _failures(precision: str, verification: Verification) -> tuple[str, ...]:
     """Why a file does not pass; see `deploy`."""
     failures = []
     if not verification.passed:
+        layer = verification.first_wrong_layer
+        where = "" if layer is None else f"; it goes wrong at {layer} first"
         failures.append(
-            f"its relative error is {verification.relative_error:.2g}, {verification.max_error:g} is allowed"
+            f"its relative error is {verification.relative_error:.2g}, {verification.max_error:g} is allowed{where}"
         )
     if precision == "int8":
         agreement, reference = verification.argmax_agreement, verification.reference_accuracy
@@ -210,6 +218,9 @@ def _metadata(
         "statistics": training.statistics,
         "running_statistics": recalibration.kept,
         "checkpoint": checkpoint.name,
+        "data": training.data,
+        "training_commit": training.environment.commit,
+        "deployment_commit": environment().commit,
         "classes": json.dumps(images.classes),
         "input_mean": json.dumps(preprocessing.mean),
         "input_std": json.dumps(preprocessing.std),

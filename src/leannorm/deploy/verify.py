@@ -13,7 +13,9 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from leannorm.records import Verification
+from leannorm.deploy.layers import Values, observe
+from leannorm.graph.export import as_module
+from leannorm.records import LayerError, Verification
 
 Model = nn.Module | ExportedProgram | Callable[..., Any]
 
@@ -27,9 +29,14 @@ def verify(reference: Model, candidate: Model, batches: Iterable[Any], *, max_er
     the output is one tensor of shape (N, classes), accuracy where the batches have labels. NaN or infinity in either
     output makes the error NaN, and never passes.
 
+    On the first batch the errors are taken at each layer too, where both models have a layer of that name with a result
+    of the same shape. A folded model is compared where its values are the original's: a convolution that has taken up a
+    batch normalization stands for that.
+
     Args:
-        reference: a module in eval mode, an exported program, or any callable (such as a
-            `leannorm.deploy.runtime.Session`) that takes what the batches hold and returns tensors or arrays.
+        reference: a module in eval mode, compiled or not, an exported program, or any callable (such as a
+            `leannorm.deploy.runtime.Session`) that takes what the batches hold and returns tensors or arrays. Functions
+            and compiled modules show no layers.
         candidate: as ``reference``.
         batches: inputs, or ``(inputs, labels)``; inputs are a tensor, or a tuple of arguments; labels (N,) are
             integers.
@@ -45,14 +52,30 @@ def verify(reference: Model, candidate: Model, batches: Iterable[Any], *, max_er
         raise ValueError(f"max_error must be a finite number >= 0, got {max_error}")
     run_reference, run_candidate = _runner(reference, "reference"), _runner(candidate, "candidate")
     tally = _Tally()
+    layers: tuple[LayerError, ...] = ()
     with torch.no_grad():
-        for batch in batches:
+        for i, batch in enumerate(batches):
             inputs, labels = _split(batch)
-            expected, got = _outputs(run_reference(*inputs)), _outputs(run_candidate(*inputs))
-            tally.add(len(inputs[0]), expected, got, labels)
+            if i == 0:
+                (expected, inner), (got, other) = observe(run_reference, inputs), observe(run_candidate, inputs)
+                layers = _layer_errors(inner, other)
+            else:
+                expected, got = run_reference(*inputs), run_candidate(*inputs)
+            tally.add(len(inputs[0]), _outputs(expected), _outputs(got), labels)
     if not tally.samples:
         raise ValueError("verify got no batches to compare on: give an iterable with at least one, not one used up")
-    return tally.record(max_error)
+    return tally.record(max_error, layers)
+
+
+def _layer_errors(reference: Values, candidate: Values) -> tuple[LayerError, ...]:
+    errors = []
+    for layer, expected in reference.items():
+        got = candidate.get(layer)
+        if got is not None and got.shape == expected.shape and expected.is_floating_point():
+            whole = _Tally()
+            whole.add(1, _outputs(expected), _outputs(got), None)
+            errors.append(LayerError(layer, whole.relative_error(), whole.maximum))
+    return tuple(errors)
 
 
 class _Tally:
@@ -100,11 +123,15 @@ class _Tally:
         self.reference_correct += int((reference == labels).sum())
         self.candidate_correct += int((candidate == labels).sum())
 
-    def record(self, max_error: float) -> Verification:
+    def relative_error(self) -> float:
         error = math.sqrt(self.squared_difference)
         if error:  # 0 / 0 is no error
             norm = math.sqrt(self.squared_reference)
             error = error / norm if norm else math.inf
+        return error
+
+    def record(self, max_error: float, layers: tuple[LayerError, ...]) -> Verification:
+        error = self.relative_error()
         return Verification(
             samples=self.samples,
             relative_error=error,
@@ -114,6 +141,8 @@ class _Tally:
             candidate_accuracy=_share(self.candidate_correct, self.labelled),
             max_error=max_error,
             passed=error <= max_error,
+            layers=layers,
+            first_wrong_layer=next((layer.layer for layer in layers if not layer.relative_error <= max_error), None),
         )
 
 
@@ -123,7 +152,7 @@ def _share(part: int, whole: int) -> float | None:
 
 def _runner(model: Model, role: str) -> Callable[..., Any]:
     if isinstance(model, ExportedProgram):
-        return model.module()
+        return as_module(model)
     if not isinstance(model, nn.Module):
         return model
     if isinstance(model, GraphModule) and "train" in vars(model):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from leannorm.graph.capture import arguments, module_name
+from leannorm.graph.capture import arguments, aten_name, module_name, value_of
 from leannorm.nn import METHOD_LAYERS
 from leannorm.records import Refusal
 
@@ -19,6 +20,17 @@ if TYPE_CHECKING:
     from torch.fx import Graph, Node
 
     from leannorm.graph.capture import Capture
+
+
+_OTHERS = {
+    "group_norm": "group normalization",
+    "native_group_norm": "group normalization",
+    "instance_norm": "instance normalization",
+    "layer_norm": "layer normalization",
+    "native_layer_norm": "layer normalization",
+    "rms_norm": "RMS normalization",
+    "_fused_rms_norm": "RMS normalization",
+}
 
 
 @dataclass(frozen=True)
@@ -111,6 +123,28 @@ def never_folded(graph: Graph) -> Iterator[Refusal]:
 
 def _class_name(layer: type | str) -> str:
     return layer if isinstance(layer, str) else f"{layer.__module__}.{layer.__qualname__}"
+
+
+def find_others(graph: Graph) -> Iterator[tuple[str, str]]:
+    """Modules that normalise by statistics of their own input in eval mode too, and what they are."""
+    for node in graph.nodes:
+        if kind := _OTHERS.get(aten_name(node)):
+            yield module_name(node), kind
+
+
+def with_one_result(capture: Capture, norm: BatchNorm) -> BatchNorm:
+    """The same call as ``aten.batch_norm``, where it is a form that returns statistics beside its result."""
+    value = value_of(norm.input)
+    if value_of(norm.node) is not None or value is None:
+        return norm
+    held = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    with capture.graph.inserting_before(norm.node):
+        node = capture.graph.call_function(
+            torch.ops.aten.batch_norm.default, (norm.input, *held, False, 0.0, norm.eps, False)
+        )
+    node.meta = norm.node.meta | {"val": value}
+    capture.replace(norm.node, node)
+    return dataclasses.replace(norm, node=node)
 
 
 def refusal(capture: Capture, norm: BatchNorm) -> str | None:

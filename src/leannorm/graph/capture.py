@@ -53,11 +53,39 @@ def operator_name(node: Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
+def aten_name(node: Node) -> str:
+    """Name of the ATen operator that a node calls, without its overload; empty for all other nodes."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.name.startswith("aten::"):
+        return ""
+    return node.target._schema.name.removeprefix("aten::")
+
+
+def call_path(node: Node) -> str:
+    """Qualified name of the module that called this node, with ``@k`` for its k-th further call; "" for the model."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    key, (path, _) = list(stack.items())[-1]  # the number of a further call is in the key, or in the path
+    call = key.rpartition("@")[2] if "@" in key and "@" not in path else ""
+    return f"{path}@{call}" if path and call else path
+
+
 def module_name(node: Node) -> str:
     """Qualified name of the module that called this node; the node's own name where that is the model."""
-    stack = node.meta.get("nn_module_stack")
-    path = list(stack.values())[-1][0] if stack else ""
-    return path.partition("@")[0] or node.name
+    return call_path(node).partition("@")[0] or node.name
+
+
+def layer_of(node: Node) -> str | None:
+    """The call (as `call_path`) in the original whose result is this node's value, or None where rewrites changed it.
+
+    The mark is where ``torch.export.save`` keeps it.
+    """
+    return node.meta.get("custom", {}).get("leannorm_layer", call_path(node)) or None
+
+
+def mark_layer(node: Node, layer: str | None) -> None:
+    """Say which call's result in the original a node's value is now; None for a value that the original never has."""
+    node.meta["custom"] = node.meta.get("custom", {}) | {"leannorm_layer": layer or ""}
 
 
 def value_of(node: Node) -> Tensor | None:
@@ -79,7 +107,8 @@ class Capture:
         constants = {name: value for name, value in program.constants.items() if isinstance(value, Tensor)}
         self._lifted = set(constants)
         held = program.state_dict | constants
-        self._values: dict[str, Tensor] = {name: _as(value, value.clone()) for name, value in held.items()}
+        self._values: dict[str, Tensor] = dict(held)
+        self._changed: set[str] = set()
         self._written = set(program.graph_signature.buffers_to_mutate.values())
         self._written |= set(program.graph_signature.parameters_to_mutate.values())
         self.graph = Graph()
@@ -112,6 +141,7 @@ class Capture:
         """Give a parameter, buffer or constant another value of the same shape and dtype."""
         target = self.target(node)
         self._values[target] = _as(self._values[target], value)
+        self._changed.add(target)
 
     def add_parameter(self, name: str, value: Tensor, like: Node) -> Node:
         """Add an input of the graph that holds a new value.
@@ -127,6 +157,7 @@ class Capture:
             number += 1
             target = f"{name}_{number}"
         self._values[target] = _as(self._values[self.target(like)], value)
+        self._changed.add(target)
         if self.target(like) in self._lifted:
             self._lifted.add(target)
         with self.graph.inserting_after(like):
@@ -154,8 +185,20 @@ class Capture:
             if spec.kind in _HELD and not node.users and spec.target not in self._written:
                 self.graph.erase_node(node)
 
+    def written_after(self, node: Node, since: Node) -> Node | None:
+        """A call behind ``since`` that writes in place to a tensor that may share its memory with ``node``."""
+        shared, found = [node], {node}
+        while shared:
+            one = shared.pop()
+            sources = [one.args[0]] if _may_alias(one) and one.args else []
+            near = [n for n in (*sources, *filter(_may_alias, one.users)) if isinstance(n, Node)]
+            shared += [n for n in near if n not in found]
+            found.update(near)
+        writers = {user for one in found for user in one.users if _writes(user, one)}
+        return next((writer for writer in writers if since < writer), None)
+
     def program(self) -> ExportedProgram:
-        """The rewritten program: same inputs, outputs and dynamic shapes."""
+        """The rewritten program: same inputs, outputs and dynamic shapes, no memory shared with the source."""
         source = self._source
         specs = [self._input_specs[node.name] for node in self.graph.find_nodes(op="placeholder")]
         results: Any = self.graph.output_node().args[0]
@@ -164,7 +207,11 @@ class Capture:
             for spec, result in zip(source.graph_signature.output_specs, results, strict=True)
         ]
         held = {spec.target for spec in specs}
-        values = {name: value for name, value in self._values.items() if name in held}
+        values = {
+            name: value if name in self._changed else _as(value, value.clone())
+            for name, value in self._values.items()
+            if name in held
+        }
         objects = {name: value for name, value in source.constants.items() if not isinstance(value, Tensor)}
         names = {node.name for node in self.graph.nodes}
         calls = [_call_entry(entry, names) for entry in source.module_call_graph]
@@ -201,6 +248,14 @@ def _writes(user: Node, node: Node) -> bool:
         return False
     written = (a.name for a in user.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
     return any(bound.get(name) is node for name in written)
+
+
+def _may_alias(node: Node) -> bool:
+    """Whether a call may return its first argument, or a view of it."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    schema = node.target._schema
+    return "dropout" in schema.name or any(result.alias_info is not None for result in schema.returns)
 
 
 def _as(old: Tensor, new: Tensor) -> Tensor:

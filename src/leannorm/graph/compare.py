@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 # The largest relative error that rounding explains in a deep network; a wrong rewrite gives far more.
 MAX_ERROR = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-def require_equal(
-    original: Callable[..., Any], rewritten: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def require_equal(original: nn.Module, rewritten: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Run both on the same inputs, with the same random numbers, and compare every tensor that they return.
 
     The error of a tensor is ``||rewritten - original|| / ||original||`` (2-norms, in float64), its bound
@@ -43,11 +38,18 @@ def require_equal(
         )
 
 
-def _outputs(model: Callable[..., Any], inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+def run(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+    """What a module returns; it runs on copies of its buffers and inputs, so that all of them stay as they are."""
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    copies = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
+    return torch.func.functional_call(module, buffers, copies, kwargs)
+
+
+def _outputs(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     devices = range(torch.cuda.device_count())
     with torch.no_grad(), torch.random.fork_rng(devices), torch.backends.cudnn.flags(allow_tf32=False):
         torch.manual_seed(0)
-        return [leaf for leaf in pytree.tree_leaves(model(*inputs, **kwargs)) if isinstance(leaf, Tensor)]
+        return [leaf for leaf in pytree.tree_leaves(run(model, inputs, kwargs)) if isinstance(leaf, Tensor)]
 
 
 def _relative_error(expected: Tensor, got: Tensor) -> float:

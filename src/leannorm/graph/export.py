@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,15 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from leannorm.graph.capture import Capture, value_of
+from leannorm.graph.compare import run
 from leannorm.records import Refusal
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch.fx import GraphModule
+
+T = TypeVar("T")
 
 
 def export(
@@ -30,33 +35,66 @@ def export(
         The program, and a refusal for the module ``""`` where the batch had to be fixed to that of the
         example.
     """
+
+    def build(program: ExportedProgram) -> tuple[GraphModule, ExportedProgram]:
+        return as_module(Capture(program).program()), program  # a copy: running may write to buffers
+
+    (_, program), refusals = export_as(build, model, inputs, dynamic_shapes)
+    return program, refusals
+
+
+def export_as(
+    build: Callable[[ExportedProgram], tuple[GraphModule, T]],
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    dynamic_shapes: Any = None,
+) -> tuple[tuple[GraphModule, T], tuple[Refusal, ...]]:
+    """What ``build`` makes of the program of `export`: a module and something else.
+
+    The batch counts as free only if that module takes the example and three times its batch: guards do not show in
+    sizes.
+    """
     with torch.no_grad():  # else a no_grad block in the model becomes a graph of its own
         if dynamic_shapes is not None:
-            return torch.export.export(model, inputs, dynamic_shapes=dynamic_shapes), ()
-        try:
-            arguments = dict(inspect.signature(model.forward).bind(*inputs).arguments)
-            shapes = pytree.tree_map(_batch, arguments)
-            program = torch.export.export(model, pytree.tree_map(_double, inputs), dynamic_shapes=shapes)
-            fixed = [name for name, size in _batch_sizes(program).items() if isinstance(size, int)]
-            if not fixed:
-                if not any(module.training for module in model.modules()):  # such layers are refused anyway
-                    _require_any_batch(program, inputs)
-                return program, ()
-            reason = f"its code fixes the size of {', '.join(fixed)}"
-        except Exception as error:  # torch.export raises whatever the model or its own tracing raises
-            reason = str(error).strip().partition("\n")[0]
+            return build(torch.export.export(model, inputs, dynamic_shapes=dynamic_shapes)), ()
+        program, reason = _with_free_batch(model, inputs)
+        if program is not None:
+            built = build(program)
+            if any(module.training for module in model.modules()):  # such layers are refused anyway
+                return built, ()
+            try:
+                _require_any_batch(built[0], inputs)
+            except Exception as error:  # whatever the model raises
+                reason = _first_line(error)
+            else:
+                return built, ()
         program = torch.export.export(model, inputs)
     sizes = ", ".join(sorted({str(size) for size in _batch_sizes(program).values() if isinstance(size, int)}))
     refusal = Refusal("", f"the batch stays {sizes}, as in the example: {reason}")
-    return program, (refusal,)
+    return build(program), (refusal,)
 
 
-def _require_any_batch(program: ExportedProgram, inputs: tuple[Any, ...]) -> None:
-    """Raise what the program raises for the example or for three times its batch: guards do not show in sizes."""
-    module = as_module(Capture(program).program())  # a copy: running may write to buffers
+def _with_free_batch(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[ExportedProgram | None, str]:
+    """The program whose batch is free, or None and why there is none."""
+    try:
+        arguments = dict(inspect.signature(model.forward).bind(*inputs).arguments)
+        shapes = pytree.tree_map(_batch, arguments)
+        program = torch.export.export(model, pytree.tree_map(_double, inputs), dynamic_shapes=shapes)
+    except Exception as error:  # torch.export raises whatever the model or its own tracing raises
+        return None, _first_line(error)
+    fixed = [name for name, size in _batch_sizes(program).items() if isinstance(size, int)]
+    return (None, f"its code fixes the size of {', '.join(fixed)}") if fixed else (program, "")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _require_any_batch(module: GraphModule, inputs: tuple[Any, ...]) -> None:
+    """Raise what the module raises for the example or for three times its batch."""
     with torch.random.fork_rng():
-        module(*inputs)
-        module(*pytree.tree_map(lambda leaf: torch.cat([leaf] * 3) if _has_batch(leaf) else leaf, inputs))
+        run(module, inputs)
+        run(module, pytree.tree_map(lambda leaf: torch.cat([leaf] * 3) if _has_batch(leaf) else leaf, inputs))
 
 
 def as_module(program: ExportedProgram) -> GraphModule:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any, overload
 
-import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from leannorm.graph import batch_norm, compare
-from leannorm.graph.capture import Capture, module_name, operator_name
-from leannorm.graph.export import as_module, export
-from leannorm.graph.rules import RULES
+from leannorm.graph.absorption import Folding, Table
+from leannorm.graph.capture import Capture
+from leannorm.graph.export import as_module, export_as
+from leannorm.graph.rules import ABSORBING, parallel, table
 from leannorm.records import Change, Refusal, TransformReport
 
 if TYPE_CHECKING:
-    from leannorm.graph.batch_norm import BatchNorm
+    from torch.fx import GraphModule, Node
 
 
 @overload
@@ -33,14 +32,18 @@ def fold(
     *,
     dynamic_shapes: Any = None,
 ) -> tuple[nn.Module | ExportedProgram, TransformReport]:
-    """Fold batch normalization into the convolutions and linear layers before it, in a copy of the model.
+    """Take batch normalization out of a copy of the model: into its neighbours, or into constants per channel.
 
-    In eval mode ``gamma (W x + b - mean) / sqrt(var + eps) + beta`` is again ``W' x + b'``; the new
-    constants are computed in float64 and stored in the layer's own dtype, under the layer's own names.
-    Afterwards the folded model is run against the original on the example inputs.
+    In eval mode batch normalization is ``scale x + shift`` per channel, with ``scale = gamma / sqrt(var + eps)`` and
+    ``shift = beta - scale mean``. Convolutions and linear layers before it take that up, else those after it, also
+    through pooling, reshapes, concatenations and additions, as far as that is exact; parallel convolutions of one
+    input, as RepVGG has them, become one. What nothing takes up becomes a multiply-add with precomputed constants.
+    Constants are computed in float64 and stored in the layer's own dtype, under the layer's own names. Afterwards the
+    folded model is run against the original on the example inputs.
 
     Args:
-        model: a module in eval mode, or a program from ``torch.export.export``. It is never changed.
+        model: a module in eval mode (a ``torch.fx.GraphModule`` is one), or a program from ``torch.export.export``. It
+            is never changed.
         example_inputs: a tensor or the tuple of positional arguments; for a program, None takes those that
             it was exported with. Dimension 0 of each tensor is taken for the batch.
         dynamic_shapes: as for ``torch.export.export``; the default leaves the batch free (any size, also
@@ -49,8 +52,8 @@ def fold(
     Returns:
         ``(folded, report)``. A module gives a callable module without training mode, a program gives a
         program. Each batch normalization in the graph is either in ``report.changes`` or in
-        ``report.refusals``, with the reason; a refusal for the module ``""`` says that the batch could not
-        be left free, and why.
+        ``report.refusals``, with the reason; group, instance and layer normalization are refusals; a refusal for the
+        module ``""`` says that the batch could not be left free, and why.
 
     Raises:
         ValueError: if example inputs are missing, or ``dynamic_shapes`` are given for a program.
@@ -69,56 +72,76 @@ def fold(
         report = fold_capture(capture)
         folded = capture.program()
         if report.changes:
-            # Copies, because running a program may write to its buffers.
-            original, copy = (as_module(Capture(program).program()) for program in (model, folded))
-            compare.require_equal(original, copy, inputs, kwargs)
+            compare.require_equal(as_module(model), as_module(folded), inputs, kwargs)
         return folded, report
     if inputs is None:
         raise ValueError(
             "fold needs example_inputs to capture a module: a tensor, or the tuple of positional arguments"
         )
-    program, refusals = export(model, inputs, dynamic_shapes)
-    capture = Capture(program)
-    report = fold_capture(capture)
-    folded = as_module(capture.program())
+    (folded, report), refusals = export_as(_folded, model, inputs, dynamic_shapes)
     if report.changes:
-        state = {name: tensor.clone() for name, tensor in model.named_buffers()}
-        original = functools.partial(torch.func.functional_call, model, state)
-        compare.require_equal(lambda *args: original(args), folded, inputs, {})
+        compare.require_equal(model, folded, inputs, {})
     return folded, TransformReport(report.changes, refusals + report.refusals)
 
 
+def _folded(program: ExportedProgram) -> tuple[GraphModule, TransformReport]:
+    capture = Capture(program)
+    report = fold_capture(capture)
+    return as_module(capture.program()), report
+
+
 def fold_capture(capture: Capture) -> TransformReport:
-    """Apply the rules to every batch normalization of a captured graph, in place."""
-    changes: list[Change] = []
-    refusals: list[Refusal] = []
+    """Apply the rules to every normalization of a captured graph, in place."""
+    folding = Folding(capture, {})
+    outcomes: dict[Node, Change | Refusal] = {}  # of each batch normalization, in the order of the graph
+    reasons: dict[Node, str] = {}
     for norm in batch_norm.find(capture.graph):
-        outcome = _apply(capture, norm)
-        if isinstance(outcome, Change):
-            changes.append(outcome)
+        reason = batch_norm.refusal(capture, norm)
+        if reason is None:
+            norm = batch_norm.with_one_result(capture, norm)
+            folding.tables[norm.node] = Table(norm, *norm.scale_and_shift(capture))
+        outcomes[norm.node] = Refusal(norm.module, reason or "")
+    for node in list(folding.tables):
+        module = folding.tables[node].module
+        action, reasons[node] = _absorb(folding, node)
+        if action is not None:
+            outcomes[node] = Change(module, action)
+    merged = []
+    for node in list(capture.graph.nodes):
+        found = parallel.match(folding, node)
+        if found is None or parallel.check(folding, found):
+            continue
+        change = Change(found.merged.module, parallel.rewrite(folding, node, found))
+        if isinstance(found.merged, Table):
+            outcomes[found.merged.node] = change
         else:
-            refusals.append(outcome)
-    refusals += batch_norm.never_folded(capture.graph)
+            merged.append(change)
+    for node, left in list(folding.tables.items()):
+        if reason := table.check(folding, left):
+            outcomes[node] = Refusal(left.module, f"{reason}; {reasons[node]}")
+        else:
+            outcomes[node] = Change(left.module, f"{table.rewrite(folding, node, left)}: {reasons[node]}")
     capture.erase_dead()
+    changes = [outcome for outcome in outcomes.values() if isinstance(outcome, Change)]
+    refusals = [outcome for outcome in outcomes.values() if isinstance(outcome, Refusal)]
+    refusals += batch_norm.never_folded(capture.graph)
+    for module, kind in batch_norm.find_others(capture.graph):
+        refusals.append(Refusal(module, f"it is {kind}, by statistics of each input: no constants can stand for them"))
     for graph in capture.inner_graphs:
         reason = "it runs in a region that the graph calls (torch.cond, no_grad), which the rules do not enter"
         refusals += [Refusal(norm.module, reason) for norm in batch_norm.find(graph)]
-    return TransformReport(tuple(changes), tuple(refusals))
+    return TransformReport((*changes, *merged), tuple(refusals))
 
 
-def _apply(capture: Capture, norm: BatchNorm) -> Change | Refusal:
-    if reason := batch_norm.refusal(capture, norm):
-        return Refusal(norm.module, reason)
+def _absorb(folding: Folding, node: Node) -> tuple[str | None, str]:
+    """What the first rule without an objection did, or None; and the objections."""
     reasons = []
-    for rule in RULES:
-        found = rule.match(capture, norm)
+    for rule in ABSORBING:
+        found = rule.match(folding, node)
         if found is None:
             continue
-        reason = rule.check(capture, norm, found)
+        reason = rule.check(folding, found)
         if reason is None:
-            return Change(norm.module, rule.rewrite(capture, norm, found))
+            return rule.rewrite(folding, node, found), ""
         reasons.append(reason)
-    if not reasons:
-        before = norm.input
-        reasons.append(f"it follows {operator_name(before)} ({module_name(before)}), which cannot absorb it")
-    return Refusal(norm.module, "; ".join(reasons))
+    return None, "; ".join(reasons)
