@@ -7,6 +7,7 @@ small tensors of the device, dtype and kind in question, and taken only where it
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -106,12 +107,12 @@ def _serves(
     operator: _Operator, device: str, dtype: torch.dtype, dimensions: int, residual: bool, activation: str
 ) -> bool:
     """Try an operator: whether it gives what plain operators do."""
-    if not dimensions or (operator is _cudnn and activation != "relu"):
+    if not dimensions:
         return False
     settings = Convolution((1,) * dimensions, (1,) * dimensions, (1,) * dimensions)
     shapes = [(2, 8, *(5,) * dimensions), (8, 8, *(3,) * dimensions), (8,), (2, 8, *(5,) * dimensions)]
     parameters = {"clamp": (-0.5, 0.75), "leaky_relu": (0.2,)}.get(activation, ())
-    x, weight, bias, other = (torch.linspace(-1, 1, _size(shape)).sin().view(shape) for shape in shapes)
+    x, weight, bias, other = (torch.linspace(-1, 1, math.prod(shape)).view(shape) for shape in shapes)
     x, weight, other = (t.to(device, dtype) for t in (x, weight, other))
     bias = bias.to(device, torch.float32)
     try:
@@ -122,7 +123,3 @@ def _serves(
         return False
     tolerance = 16 * torch.finfo(dtype).eps * max(1.0, expected.abs().max().item())
     return found.shape == expected.shape and (found - expected).abs().max().item() <= tolerance
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    return functools.reduce(lambda a, b: a * b, shape)

@@ -26,7 +26,7 @@ def sampled(taken: Sequence[Window], weight: Tensor, groups: int) -> list[Tensor
     samples = []
     for window in taken:
         u = convolution(window.crop, weight, None, window.stride, window.padding, window.dilation, groups)
-        samples.append(u.movedim(1, -1).reshape(-1, u.shape[1]))
+        samples.append(u.movedim(1, -1).contiguous().view(-1, u.shape[1]))
     return samples
 
 
