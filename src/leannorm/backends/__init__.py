@@ -1,5 +1,5 @@
 """Implementations of the operators; importing this package registers them with PyTorch's dispatcher."""
 
-from leannorm.backends import aten, cpu
+from leannorm.backends import aten, cpu, triton
 
-__all__ = ["aten", "cpu"]
+__all__ = ["aten", "cpu", "triton"]
