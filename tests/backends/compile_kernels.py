@@ -1,6 +1,6 @@
 """Compile the Triton kernels for an H100 as the launchers call them, on tensors without data; needs no GPU.
 
-Prints JSON: for each launch its kernel, grid, global loads, bytes of stack and whether indices are wide. Run by
+Writes JSON: for each launch its kernel, grid, global loads, bytes of stack and whether indices are wide. Run by
 `test_triton_compiled` in a process of its own, since the interpreter of the other tests cannot be left again.
 """
 
@@ -81,4 +81,4 @@ if __name__ == "__main__":
         setattr(launchers, f"{kernel}_kernel", Compiled(getattr(launchers, f"{kernel}_kernel")))
     step(*json.loads(sys.argv[1]))
     launchers.moments(torch.empty(9, 64, device="meta"), None, [], [])
-    print(json.dumps(launches))
+    sys.stdout.write(json.dumps(launches))
