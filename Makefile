@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ENVIRONMENT := .venv/.installed
 
-.PHONY: env demo test test-full lint clean
+.PHONY: env demo test test-full gpu lint clean
 
 env: $(ENVIRONMENT)
 
@@ -34,6 +34,10 @@ test: lint
 # The checks of minutes each.
 test-full: env
 	$(BIN)/pytest -n 2 -m slow
+
+# Kernel tests and benchmarks on the GPU that is there, with what PYTHON has installed: no environment, nothing built.
+gpu:
+	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) -m leannorm.bench.gpu
 
 clean:
 	rm -rf .venv build runs
