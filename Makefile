@@ -36,8 +36,9 @@ test-full: env
 	$(BIN)/pytest -n 2 -m slow
 
 # Kernel tests and benchmarks on the GPU that is there, with what PYTHON has installed: no environment, nothing built.
+# Where the sources were copied without their repository, COMMIT tells the results which they are.
 gpu:
-	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) -m leannorm.bench.gpu
+	LEANNORM_COMMIT=$(or $(COMMIT),unknown) PYTHONPATH=src:$$PYTHONPATH $(PYTHON) -m leannorm.bench.gpu
 
 clean:
 	rm -rf .venv build runs

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
 
 pytest.importorskip("triton")
 
-from test_cpu import away_from_kinks, laid_out, problem
+from test_cpu import away_from_kinks, inputs, laid_out, problem
 
-from cases import ACTIVATIONS, CASES, SOURCES, Case
+from cases import ACTIVATIONS, CASES, SOURCES, Case, regions_of
 from leannorm.backends import aten
 from leannorm.backends import triton as backend
 from leannorm.statistics import Regions
@@ -27,7 +28,7 @@ SERVED = [case for case in CASES if "empty" not in case.name and case.name != "t
 ]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _quiet():
     with np.errstate(all="ignore"):  # the interpreter computes with NumPy, and what a mask then drops too
         yield
@@ -140,7 +141,15 @@ def test_every_activation_residual_and_dtype(source, activation):
         assert_agrees(SERVED[6], dtype, source, activation, residual=residual)
 
 
-@pytest.mark.skipif(not ON_GPU, reason="minutes in the interpreter")
+@settings(max_examples=25)
+@given(inputs())
+def test_drawn_inputs(drawn):
+    case, dtype, source, activation, residual, seed = drawn
+    if regions_of(source, case.shape).inverse_count < 1:
+        assert_agrees(case, dtype, source, activation, residual=residual, seed=seed)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
 def test_everything_with_everything(case):
     for (activation, residual, dtype), source in itertools.product(EVERYTHING, SOURCES):

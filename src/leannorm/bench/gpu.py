@@ -54,7 +54,7 @@ def stages() -> dict[str, Stage]:
 
     described, today = conditions(planned(LayerPlan, "cuda")), datetime.datetime.now(datetime.UTC).date()
     tests = ["tests/backends/test_triton.py", "tests/backends/test_triton_on_gpu.py"]
-    parallel = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    parallel = ["-n", str(min(6, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
     needed = ("typer", "rich", "torchvision", "lightning")
 
     def bench(kind: str, name: str, limit: float, *options: str) -> Stage:
@@ -73,7 +73,7 @@ def stages() -> dict[str, Stage]:
             ("pytest", "hypothesis", *needed),
         ),
         "launches": bench("launches", "launches", 60),
-        "layers": bench("layers", "layers", 230, "--operations", "bn+relu,bn+add+relu", "--repeats", "7"),
+        "layers": bench("layers", "layers", 280, "--operations", "bn+relu,bn+add+relu", "--repeats", "7"),
         **{
             f"training {model}": bench(
                 "training", f"training-{model}", 150, "--models", model, compiled, "--repeats", "5"

@@ -1,5 +1,4 @@
-"""Host code of the Triton kernels: each function computes the operator of its name in two launches (`moments` and the
-reductions too, where a launch merges what another left). Legend: see `leannorm.ops.contract`.
+"""Host code of the Triton kernels: each function computes the operator of its name. Legend: `leannorm.ops.contract`.
 
 Nothing here waits for the device or reads what is on it, and nothing is kept between calls, so that CUDA graphs can be
 captured and replayed. The functions do not ask which device it is; which inputs they take, `why_not` says.
@@ -30,8 +29,9 @@ def batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation,
     """Two launches: moments; then y, for which each program merges the moments of its channels."""
     x, tiles = _prepared(x)
     y = torch.empty_like(x)
-    mean, var = _per_channel(x), _per_channel(x)
-    partials, splits = _partial_moments(x, tiles, draw, boxes, weights)
+    mean = _per_channel(x)
+    var = torch.empty_like(mean)
+    partials, splits = _partial_moments(x, mean, tiles, draw, boxes, weights)
     _normalize(x, y, tiles, partials, splits, mean, var, weight, bias, residual, eps, activation, parameters)
     return y, mean, var
 
@@ -39,8 +39,9 @@ def batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation,
 def moments(x, draw, boxes, weights):
     """Two launches: moments of the splits, and of all."""
     x, tiles = _prepared(x)
-    mean, var = _per_channel(x), _per_channel(x)
-    partials, splits = _partial_moments(x, tiles, draw, boxes, weights)
+    mean = _per_channel(x)
+    var = torch.empty_like(mean)
+    partials, splits = _partial_moments(x, mean, tiles, draw, boxes, weights)
     _finish(partials, splits, mean, var, tiles, moments=True)
     return mean, var
 
@@ -164,13 +165,13 @@ class _Point:
 
 
 def _partial_moments(
-    x: Tensor, tiles: Tiles, draw: Tensor | None, boxes: Sequence[int], weights: Sequence[float]
+    x: Tensor, mean: Tensor, tiles: Tiles, draw: Tensor | None, boxes: Sequence[int], weights: Sequence[float]
 ) -> tuple[Tensor, int]:
-    """Give the partial moments and how many splits they have."""
+    """Give the partial moments, of mean's dtype, and how many splits they have."""
     channels = tiles.sizes[0]
     if not boxes:
         splits = tiles.splits
-        partials = _per_channel(x, (2 * channels + 1) * splits)
+        partials = mean.new_empty((2 * channels + 1) * splits)
         share = 1.0 / (tiles.sizes[1] * tiles.sizes[2])
         moments_kernel[tiles.grid](
             x, None, partials, *tiles.sizes, splits, 0, share, *_WHOLE, WHOLE=True, DIMENSIONS=1, **tiles.options
@@ -178,7 +179,7 @@ def _partial_moments(
         return partials, splits
     regions = _regions(x, tiles, boxes, weights)
     splits = regions[-1].first_split + regions[-1].grid[1]
-    partials = _per_channel(x, (2 * channels + 1) * splits)
+    partials = mean.new_empty((2 * channels + 1) * splits)
     for region in regions:
         moments_kernel[region.grid](
             x, draw, partials, *tiles.sizes, splits, region.first_split, region.share, *region.place,
@@ -223,8 +224,8 @@ def _regions(x: Tensor, tiles: Tiles, boxes: Sequence[int], weights: Sequence[fl
     return geometry.regions(x.shape, channels_last, x.device, tuple(boxes), tuple(weights))
 
 
-def _per_channel(x: Tensor, size: int | None = None) -> Tensor:
-    return torch.empty(x.shape[1] if size is None else size, dtype=torch.float32, device=x.device)
+def _per_channel(x: Tensor) -> Tensor:
+    return torch.empty(x.shape[1], dtype=torch.float32, device=x.device)
 
 
 def _contiguous(parameter: Tensor | None) -> Tensor | None:
