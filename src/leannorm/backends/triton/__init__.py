@@ -55,8 +55,10 @@ def why_not(x: Tensor) -> str | None:
 
 @lru_cache
 def _why_not_device(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return "the Triton kernels are for NVIDIA GPUs, this PyTorch is for AMD's"
     major, minor = torch.cuda.get_device_capability(device)
-    if torch.version.hip is None and major < 8:
+    if major < 8:
         return f"Triton needs a GPU of compute capability 8.0 or later, {device} has {major}.{minor}"
     return None
 

@@ -16,32 +16,48 @@ from leannorm.backends.triton.indexing import (
     planes,
     program,
     region_offsets,
+    region_origin,
 )
 from leannorm.backends.triton.partials import merge_sums
+
+
+@triton.jit
+def _rstd(var, i_c, m_c, eps):
+    return 1.0 / tl.sqrt_rn(tl.load(var + i_c, mask=m_c, other=1.0) + eps)
 
 
 @triton.jit
 def _point(mean, var, weight, bias, i_c, m_c, eps):
     """Load a block of channels: mean, 1 / sigma, weight / sigma and bias."""
     b_mean = tl.load(mean + i_c, mask=m_c, other=0.0)
-    rstd = 1.0 / tl.sqrt_rn(tl.load(var + i_c, mask=m_c, other=1.0) + eps)
+    rstd = _rstd(var, i_c, m_c, eps)
     return b_mean, rstd, rstd * per_channel(weight, i_c, m_c, 1.0), per_channel(bias, i_c, m_c, 0.0)
 
 
 @triton.jit
-def _gradient(
-    dy, at, o, m, b_d, scale, b_bias, first, second, ACTIVATION: tl.constexpr, AT: tl.constexpr
-):  # fmt: skip
+def _load(dy, x, at, mean, o, m):
+    """Load a tile of all that a gradient takes, before any of it is used: dy, x - mean, and y or the residual."""
+    b_x = tl.load(x + o, mask=m, other=0.0)
+    b_dy = tl.load(dy + o, mask=m, other=0.0)
+    if at is None:
+        b_at = b_dy
+    else:
+        b_at = tl.load(at + o, mask=m, other=0.0)
+    return b_dy.to(tl.float32), b_x.to(tl.float32) - mean[None, :], b_at.to(tl.float32)
+
+
+@triton.jit
+def _gradient(b_dy, b_d, b_at, m, scale, bias, first, second, ACTIVATION: tl.constexpr, AT: tl.constexpr):
     """Give g = dy act'(z) of a tile, where b_d = x - mean."""
-    g = tl.load(dy + o, mask=m, other=0.0).to(tl.float32)
-    if ACTIVATION != "":
-        if AT == "output":
-            z = tl.load(at + o, mask=m, other=0.0).to(tl.float32)
-        else:
-            z = b_d * scale[None, :] + b_bias[None, :]
+    if ACTIVATION == "":
+        g = b_dy
+    else:
+        z = b_at
+        if AT != "output":
+            z = b_d * scale[None, :] + bias[None, :]
             if AT == "residual":
-                z += tl.load(at + o, mask=m, other=0.0).to(tl.float32)
-        g = tl.where(m, activate_backward(g, z, first, second, ACTIVATION), 0.0)
+                z += b_at
+        g = tl.where(m, activate_backward(b_dy, z, first, second, ACTIVATION), 0.0)
     return g
 
 
@@ -53,7 +69,7 @@ def gradient_kernel(
 ):  # fmt: skip
     """Leave the sums of g xhat and of g for each split; write dx = weight g / sigma and dresidual = g where wanted."""
     split, splits, channels, spatial, i_c, m_c = program(channels, spatial, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C)
-    b_mean, rstd, scale, b_bias = _point(mean, var, weight, bias, i_c, m_c, eps)
+    b_mean, _, scale, b_bias = _point(mean, var, weight, bias, i_c, m_c, eps)
     rows, tiles, all_tiles = planes(samples, spatial, CHANNELS_LAST, BLOCK_R)
     sum_gd = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     sum_g = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
@@ -61,14 +77,15 @@ def gradient_kernel(
         i_row = (i_tile % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
         o = offsets(i_tile // tiles, i_row, i_c, channels, spatial, CHANNELS_LAST, ALIGN)
         m = (i_row < rows)[:, None] & m_c[None, :]
-        b_d = tl.load(x + o, mask=m, other=0.0).to(tl.float32) - b_mean[None, :]
-        g = _gradient(dy, at, o, m, b_d, scale, b_bias, first, second, ACTIVATION, AT)
+        b_dy, b_d, b_at = _load(dy, x, at, b_mean, o, m)
+        g = _gradient(b_dy, b_d, b_at, m, scale, b_bias, first, second, ACTIVATION, AT)
         sum_gd += g * b_d
         sum_g += g
         if dx is not None:
             tl.store(dx + o, (g * scale[None, :]).to(dx.dtype.element_ty), mask=m)
         if dresidual is not None:
             tl.store(dresidual + o, g.to(dresidual.dtype.element_ty), mask=m)
+    rstd = _rstd(var, i_c, m_c, eps)  # asked for again here, so that the loop has its registers
     p = partials + split * 2 * channels + i_c
     tl.store(p, tl.sum(sum_gd, 0) * rstd, mask=m_c)
     tl.store(p + channels, tl.sum(sum_g, 0), mask=m_c)
@@ -111,8 +128,8 @@ def apply_kernel(
         i_row = (i_tile % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
         o = offsets(i_tile // tiles, i_row, i_c, channels, spatial, CHANNELS_LAST, ALIGN)
         m = (i_row < rows)[:, None] & m_c[None, :]
-        b_d = tl.load(x + o, mask=m, other=0.0).to(tl.float32) - b_mean[None, :]
-        g = _gradient(dy, at, o, m, b_d, scale, b_bias, first, second, ACTIVATION, AT)
+        b_dy, b_d, b_at = _load(dy, x, at, b_mean, o, m)
+        g = _gradient(b_dy, b_d, b_at, m, scale, b_bias, first, second, ACTIVATION, AT)
         b_dx = scale[None, :] * (g - constant[None, :] - b_d * slope[None, :])
         tl.store(dx + o, b_dx.to(dx.dtype.element_ty), mask=m)
         if dresidual is not None:
@@ -134,16 +151,19 @@ def correct_kernel(
     b_sum_g_xhat, b_sum_g = _sums(partials, sum_g_xhat, sum_g, i_c, m_c, channels, splits_total, BLOCK_R, BLOCK_C)
     constant, slope = share * scale * b_sum_g, share * scale * b_sum_g_xhat * rstd
     rows = index(count_n, WIDE) * count_d * count_h * count_w
+    origin = region_origin(
+        draw, i_draw, channels, spatial, height, width,
+        start_n, span_n, start_d, span_d, start_h, span_h, start_w, span_w, CHANNELS_LAST, DIMENSIONS, WIDE,
+    )  # fmt: skip
     for i_tile in range(split, tl.cdiv(rows, BLOCK_R), splits):
         i_row = i_tile * BLOCK_R + tl.arange(0, BLOCK_R)
         o = region_offsets(
-            i_row, i_c, channels, spatial, draw, i_draw, height, width,
-            start_n, span_n, step_n, start_d, span_d, count_d, step_d,
-            start_h, span_h, count_h, step_h, start_w, span_w, count_w, step_w,
-            CHANNELS_LAST, DIMENSIONS, ALIGN, WIDE,
+            origin, i_row, i_c, channels, spatial, height, width,
+            step_n, count_d, step_d, count_h, step_h, count_w, step_w, CHANNELS_LAST, DIMENSIONS, ALIGN,
         )  # fmt: skip
         m = (i_row < rows)[:, None] & m_c[None, :]
-        b_d = tl.load(x + o, mask=m, other=0.0).to(tl.float32) - b_mean[None, :]
-        b_dx = tl.load(dx + o, mask=m, other=0.0).to(tl.float32)
-        b_dx -= constant[None, :] + b_d * slope[None, :]
+        b_x = tl.load(x + o, mask=m, other=0.0)
+        b_dx = tl.load(dx + o, mask=m, other=0.0)
+        b_d = b_x.to(tl.float32) - b_mean[None, :]
+        b_dx = b_dx.to(tl.float32) - (constant[None, :] + b_d * slope[None, :])
         tl.store(dx + o, b_dx.to(dx.dtype.element_ty), mask=m)

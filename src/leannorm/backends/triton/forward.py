@@ -17,6 +17,7 @@ from leannorm.backends.triton.indexing import (
     planes,
     program,
     region_offsets,
+    region_origin,
 )
 from leannorm.backends.triton.partials import merge_moments, over_rows
 
@@ -38,6 +39,10 @@ def moments_kernel(
         rows, tiles, all_tiles = planes(samples, spatial, CHANNELS_LAST, BLOCK_R)
     else:
         rows = index(count_n, WIDE) * count_d * count_h * count_w
+        origin = region_origin(
+            draw, i_draw, channels, spatial, height, width,
+            start_n, span_n, start_d, span_d, start_h, span_h, start_w, span_w, CHANNELS_LAST, DIMENSIONS, WIDE,
+        )  # fmt: skip
         tiles = tl.cdiv(rows, BLOCK_R)
         all_tiles = tiles
     count = tl.zeros([BLOCK_R], tl.float32)
@@ -50,10 +55,8 @@ def moments_kernel(
             o = offsets(i_tile // tiles, i_row, i_c, channels, spatial, CHANNELS_LAST, ALIGN)
         else:
             o = region_offsets(
-                i_row, i_c, channels, spatial, draw, i_draw, height, width,
-                start_n, span_n, step_n, start_d, span_d, count_d, step_d,
-                start_h, span_h, count_h, step_h, start_w, span_w, count_w, step_w,
-                CHANNELS_LAST, DIMENSIONS, ALIGN, WIDE,
+                origin, i_row, i_c, channels, spatial, height, width,
+                step_n, count_d, step_d, count_h, step_h, count_w, step_w, CHANNELS_LAST, DIMENSIONS, ALIGN,
             )  # fmt: skip
         m_r = i_row < rows
         m = m_r[:, None] & m_c[None, :]
@@ -102,8 +105,10 @@ def normalize_kernel(
         i_row = (i_tile % tiles) * BLOCK_R + tl.arange(0, BLOCK_R)
         o = offsets(i_tile // tiles, i_row, i_c, channels, spatial, CHANNELS_LAST, ALIGN)
         m = (i_row < rows)[:, None] & m_c[None, :]
-        b_x = tl.load(x + o, mask=m, other=0.0).to(tl.float32)
-        z = (b_x - b_mean[None, :]) * scale[None, :] + b_bias[None, :]
-        if residual is not None:
-            z += tl.load(residual + o, mask=m, other=0.0).to(tl.float32)
+        b_x = tl.load(x + o, mask=m, other=0.0)
+        if residual is None:
+            b_shift = b_bias[None, :]
+        else:
+            b_shift = b_bias[None, :] + tl.load(residual + o, mask=m, other=0.0).to(tl.float32)
+        z = (b_x.to(tl.float32) - b_mean[None, :]) * scale[None, :] + b_shift
         tl.store(y + o, activate(z, first, second, ACTIVATION).to(y.dtype.element_ty), mask=m)

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 TILE = 4096  # elements that a program has in flight
 CHANNELS = 64  # at most in a tile: 128 bytes of a row are enough for whole memory transactions
 PLANE = 256  # rows at most in a tile of a contiguous plane
-SUMMING, POINTWISE = 2, 4  # programs for each multiprocessor, as many as its registers hold at once
+SUMMING, POINTWISE = 16, 8  # warps of a program
+THREADS = 1024  # for each multiprocessor, with
+REGISTERS = 64  # each: all of the register file; more threads have more loads under way
 WIDE = 2**30  # elements; from here on an index with what is added to it may not fit 32 bits
 
 
@@ -23,8 +25,9 @@ class Tiles(NamedTuple):
 
     sizes: tuple[int, int, int]
     grid: tuple[int, int]
-    pointwise_grid: tuple[int, int]
     options: dict[str, int | bool]
+    pointwise_grid: tuple[int, int]
+    pointwise_options: dict[str, int | bool]
 
     @property
     def splits(self) -> int:
@@ -56,8 +59,10 @@ def tiles(shape: torch.Size, channels_last: bool, device: torch.device) -> Tiles
         block_r = _block_of_plane(plane)
         block_c = min(TILE // block_r, _power(channels))
         count = samples * _ceil(plane, block_r)
-    grid, pointwise_grid = (_grid(channels, block_c, count, programs, device) for programs in (SUMMING, POINTWISE))
-    return Tiles((channels, samples, plane), grid, pointwise_grid, _options(shape, channels_last, block_r, block_c))
+    grid, pointwise_grid = (_grid(channels, block_c, count, warps, device) for warps in (SUMMING, POINTWISE))
+    options = _options(shape, channels_last, block_r, block_c)
+    pointwise_options = options | {"num_warps": min(options["num_warps"], POINTWISE)}
+    return Tiles((channels, samples, plane), grid, options, pointwise_grid, pointwise_options)
 
 
 @lru_cache(maxsize=4096)
@@ -94,14 +99,15 @@ def _options(shape: torch.Size, channels_last: bool, block_r: int, block_c: int)
         "WIDE": math.prod(shape) >= WIDE,
         "BLOCK_R": block_r,
         "BLOCK_C": block_c,
-        "num_warps": 8 if block_r * block_c >= TILE else 4,
+        "num_warps": SUMMING if block_r * block_c >= TILE else 4,
+        "maxnreg": REGISTERS,
         "enable_fp_fusion": True,
     }
 
 
-def _grid(channels: int, block_c: int, count: int, programs: int, device: torch.device) -> tuple[int, int]:
-    blocks = _ceil(channels, block_c)
-    return blocks, min(count, _ceil(programs * _multiprocessors(device), blocks))
+def _grid(channels: int, block_c: int, count: int, warps: int, device: torch.device) -> tuple[int, int]:
+    blocks, programs = _ceil(channels, block_c), THREADS // (32 * warps) * _multiprocessors(device)
+    return blocks, min(count, _ceil(programs, blocks))
 
 
 def _block_of_plane(plane: int) -> int:

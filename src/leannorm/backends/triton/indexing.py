@@ -96,29 +96,47 @@ def _start(draw, i, start, span, WIDE: tl.constexpr):
 
 
 @triton.jit
+def region_origin(
+    draw, i_draw, channels, spatial, height, width,
+    start_n, span_n, start_d, span_d, start_h, span_h, start_w, span_w,
+    CHANNELS_LAST: tl.constexpr, DIMENSIONS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Give the offset of a region's first element; the draws are read here, and here alone."""
+    origin = _start(draw, i_draw, start_n, span_n, WIDE) * spatial
+    if not CHANNELS_LAST:
+        origin *= channels
+    o_row = tl.zeros_like(origin)
+    if DIMENSIONS > 1:
+        o_row += _start(draw, i_draw + DIMENSIONS - 1, start_w, span_w, WIDE)
+    if DIMENSIONS > 2:
+        o_row += _start(draw, i_draw + DIMENSIONS - 2, start_h, span_h, WIDE) * width
+    if DIMENSIONS > 3:
+        o_row += _start(draw, i_draw + 1, start_d, span_d, WIDE) * (height * width)
+    origin += o_row
+    if CHANNELS_LAST:
+        origin *= channels
+    return origin
+
+
+@triton.jit
 def region_offsets(
-    i_row, i_c, channels, spatial, draw, i_draw, height, width,
-    start_n, span_n, step_n, start_d, span_d, count_d, step_d,
-    start_h, span_h, count_h, step_h, start_w, span_w, count_w, step_w,
-    CHANNELS_LAST: tl.constexpr, DIMENSIONS: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
+    origin, i_row, i_c, channels, spatial, height, width, step_n, count_d, step_d, count_h, step_h, count_w, step_w,
+    CHANNELS_LAST: tl.constexpr, DIMENSIONS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Give the (R, C) offsets of the elements of a region, counted along the width first."""
-    n = _start(draw, i_draw, start_n, span_n, WIDE)
     o_row = tl.zeros_like(i_row)
     if DIMENSIONS > 1:
-        o_row += _start(draw, i_draw + DIMENSIONS - 1, start_w, span_w, WIDE) + i_row % count_w * step_w
+        o_row += i_row % count_w * step_w
         i_row = i_row // count_w
     if DIMENSIONS > 2:
-        h = _start(draw, i_draw + DIMENSIONS - 2, start_h, span_h, WIDE) + i_row % count_h * step_h
-        o_row += h * width
+        o_row += i_row % count_h * step_h * width
         i_row = i_row // count_h
     if DIMENSIONS > 3:
-        d = _start(draw, i_draw + 1, start_d, span_d, WIDE) + i_row % count_d * step_d
-        o_row += d * (height * width)
+        o_row += i_row % count_d * step_d * (height * width)
         i_row = i_row // count_d
-    n += i_row * step_n
     if CHANNELS_LAST:
-        o = tl.multiple_of((n * spatial + o_row) * channels, ALIGN)[:, None] + i_c[None, :]
+        o_row = (i_row * step_n * spatial + o_row) * channels
+        o = tl.multiple_of(origin + o_row, ALIGN)[:, None] + i_c[None, :]
     else:
-        o = (n * channels * spatial + o_row)[:, None] + (i_c * spatial)[None, :]
+        o = (origin + i_row * step_n * channels * spatial + o_row)[:, None] + (i_c * spatial)[None, :]
     return o

@@ -192,7 +192,7 @@ def _normalize(x, y, tiles, partials, splits, mean, var, weight, bias, residual,
     residual = None if residual is None else in_order_of(y, residual)
     normalize_kernel[tiles.pointwise_grid](
         x, residual, y, partials, mean, var, _contiguous(weight), _contiguous(bias), *tiles.sizes, splits, eps,
-        *_pair(parameters), ACTIVATION=activation, **tiles.options,
+        *_pair(parameters), ACTIVATION=activation, **tiles.pointwise_options,
     )  # fmt: skip
 
 
@@ -206,7 +206,7 @@ def _correct(dx, point: _Point, partials, sums, draw, boxes, weights) -> None:
 
 
 def _finish(partials, splits: int, first: Tensor, second: Tensor, tiles: Tiles, *, moments: bool) -> None:
-    options = {name: tiles.options[name] for name in ("WIDE", "BLOCK_R", "BLOCK_C", "num_warps", "enable_fp_fusion")}
+    options = {name: value for name, value in tiles.options.items() if name not in ("CHANNELS_LAST", "ALIGN")}
     finish_kernel[tiles.grid[:1]](partials, first, second, tiles.sizes[0], splits, MOMENTS=moments, **options)
 
 

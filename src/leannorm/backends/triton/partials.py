@@ -15,6 +15,8 @@ import triton.language as tl
 
 from leannorm.backends.triton.indexing import SIZES, index, size
 
+MERGED_AT_ONCE = tl.constexpr(4)  # blocks of partial results that a program asks for before it needs the first
+
 
 @triton.jit
 def over_rows(weight, mean, spread):
@@ -34,7 +36,7 @@ def merge_moments(partials, i_c, m_c, channels, splits_total, BLOCK_R: tl.conste
     weight = tl.zeros([BLOCK_P], tl.float32)
     mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     spread = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for first in range(0, splits_total, BLOCK_P):
+    for first in tl.range(0, splits_total, BLOCK_P, loop_unroll_factor=MERGED_AT_ONCE):
         i_p = first + tl.arange(0, BLOCK_P)
         m_p = i_p < splits_total
         m = m_p[:, None] & m_c[None, :]
@@ -57,7 +59,7 @@ def merge_sums(partials, i_c, m_c, channels, splits_total, BLOCK_R: tl.constexpr
     BLOCK_P: tl.constexpr = (BLOCK_R + 3) // 4
     sum_g_xhat = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     sum_g = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for first in range(0, splits_total, BLOCK_P):
+    for first in tl.range(0, splits_total, BLOCK_P, loop_unroll_factor=MERGED_AT_ONCE):
         i_p = first + tl.arange(0, BLOCK_P)
         m = (i_p < splits_total)[:, None] & m_c[None, :]
         p = partials + i_p[:, None] * (2 * channels) + i_c[None, :]
