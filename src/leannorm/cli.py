@@ -139,7 +139,10 @@ main.add_typer(bench, name="bench")
 
 ImageSize = Annotated[int, typer.Option(help="Pixels of a side of the images.")]
 Batch = Annotated[int | None, typer.Option(help="Images in a batch; 16 (training: 8), on cuda 256 if left out.")]
-Sources = Annotated[str | None, typer.Option("--statistics", help="Sources that leannorm is timed with.")]
+Sources = Annotated[
+    str | None,
+    typer.Option("--statistics", help="Sources that leannorm is timed with; full, fs:1/32, grid:1/32 ... if left out."),
+]
 Compiled = Annotated[
     bool | None, typer.Option("--compile/--no-compile", help="Time torch.compile too; slow. On cuda the default.")
 ]

@@ -11,11 +11,14 @@ from hypothesis import given, settings
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
 from test_cpu import away_from_kinks, inputs, laid_out, problem
 
 from cases import ACTIVATIONS, CASES, SOURCES, Case, regions_of
 from leannorm.backends import aten
 from leannorm.backends import triton as backend
+from leannorm.backends.triton.indexing import index, offsets, size
 from leannorm.statistics import Regions
 from triton_interpreter import DEVICE, ON_GPU, geometry, launchers
 
@@ -185,6 +188,26 @@ def test_wide_indices_give_the_same(cut, layout):
 def test_tensors_beyond_32_bits_have_wide_indices():
     for shape, wide in (((2**31, 1), True), ((2**22, 2**9), True), ((2**20, 2**9), False)):
         assert geometry.tiles(torch.Size(shape), True, torch.device("cpu")).options["WIDE"] == wide
+
+
+@triton.jit
+def offsets_kernel(out, plane, row, channels, spatial, CHANNELS_LAST: tl.constexpr):  # noqa: N803
+    i_plane, i_row = index(plane, True), index(row, True) + tl.arange(0, 4)
+    i_c = index(tl.arange(0, 2), True)
+    o = offsets(i_plane, i_row, i_c, size(channels, 1, True), size(spatial, 1, True), CHANNELS_LAST, 1)
+    tl.store(out + tl.arange(0, 4)[:, None] * 2 + tl.arange(0, 2)[None, :], o)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_offsets_beyond_32_bits(channels_last):
+    plane, row, channels, spatial = 3, 2**31 + 5, 2**12 + 1, 2**31 + 9
+    out = torch.zeros(4, 2, dtype=torch.int64, device=DEVICE)
+    offsets_kernel[(1,)](out, plane, row, channels, spatial, CHANNELS_LAST=channels_last)
+    if channels_last:
+        expected = [[(row + r) * channels + c for c in (0, 1)] for r in range(4)]
+    else:
+        expected = [[(plane * channels + c) * spatial + row + r for c in (0, 1)] for r in range(4)]
+    assert out.tolist() == expected
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
