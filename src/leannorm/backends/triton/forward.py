@@ -1,7 +1,7 @@
 """Device code of the forward pass: moments of the whole tensor or of regions, then the normalization."""
 
 # A constexpr parameter takes a plain value.
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
 
 import triton
 import triton.language as tl
