@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ENVIRONMENT := .venv/.installed
 
-.PHONY: env demo test test-full lint reproduce clean
+.PHONY: env demo test test-full gpu lint reproduce clean
 
 env: $(ENVIRONMENT)
 
@@ -39,6 +39,11 @@ test-full: env
 SCALE ?= cpu
 reproduce: env
 	$(BIN)/python experiments/reproduce.py $(EXPERIMENT) --scale $(SCALE)
+
+# Kernel tests and benchmarks on the GPU that is there, with what PYTHON has installed: no environment, nothing built.
+# Where the sources were copied without their repository, COMMIT tells the results which they are.
+gpu:
+	LEANNORM_COMMIT=$(or $(COMMIT),unknown) PYTHONPATH=src:$$PYTHONPATH $(PYTHON) -m leannorm.bench.gpu
 
 clean:
 	rm -rf .venv build runs

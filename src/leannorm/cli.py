@@ -153,9 +153,14 @@ bench = typer.Typer(help="Measure speed against torch, behind a correctness gate
 main.add_typer(bench, name="bench")
 
 ImageSize = Annotated[int, typer.Option(help="Pixels of a side of the images.")]
-Batch = Annotated[int, typer.Option(help="Images in a batch.")]
-Sources = Annotated[str, typer.Option("--statistics", help="Sources that leannorm is timed with.")]
-Compiled = Annotated[bool, typer.Option("--compile", help="Time torch.compile too; slow.")]
+Batch = Annotated[int | None, typer.Option(help="Images in a batch; 16 (training: 8), on cuda 256 if left out.")]
+Sources = Annotated[
+    str | None,
+    typer.Option("--statistics", help="Sources that leannorm is timed with; full, fs:1/32, grid:1/32 ... if left out."),
+]
+Compiled = Annotated[
+    bool | None, typer.Option("--compile/--no-compile", help="Time torch.compile too; slow. On cuda the default.")
+]
 Repeats = Annotated[int, typer.Option(help="Samples of each side, interleaved.")]
 Seed = Annotated[int, typer.Option(help="Of the data and of the order of the samples.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
@@ -170,11 +175,16 @@ Replace = Annotated[bool, typer.Option("--overwrite", help="Replace the file if 
 @bench.command()
 def layers(
     image_size: ImageSize = 224,
-    batch: Batch = 16,
-    layouts: Annotated[str, typer.Option(help="Memory layouts.")] = "channels_last,contiguous",
-    dtypes: Annotated[str, typer.Option(help="Of the maps; parameters stay fp32.")] = "fp32,bf16",
-    statistics: Sources = "full,fs:1/32,grid:1/32,grid:1/8",
-    compiled: Compiled = False,
+    batch: Batch = None,
+    operations: Annotated[str | None, typer.Option(help="bn,bn+relu,bn+add+relu; all if left out.")] = None,
+    layouts: Annotated[
+        str | None, typer.Option(help="channels_last,contiguous; on cuda the first alone if left out.")
+    ] = None,
+    dtypes: Annotated[
+        str | None, typer.Option(help="fp32,bf16, of the maps (parameters stay fp32); on cuda bf16 if left out.")
+    ] = None,
+    statistics: Sources = None,
+    compiled: Compiled = None,
     repeats: Repeats = 11,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -185,16 +195,18 @@ def layers(
 ) -> None:
     """Time BN, BN+ReLU and BN+add+ReLU, forward and backward, on ResNet-50's shapes."""
     with _clean_errors():
-        from leannorm.bench.plan import LayerPlan, listed
+        from leannorm.bench.plan import LayerPlan, listed, planned
 
-        plan = LayerPlan(
+        plan = planned(
+            LayerPlan,
+            device,
             image_size=image_size,
             batch=batch,
             statistics=listed(statistics),
             compiled=compiled,
-            device=device,
             repeats=repeats,
             seed=seed,
+            operations=listed(operations),
             layouts=listed(layouts),
             dtypes=listed(dtypes),
         )
@@ -204,12 +216,11 @@ def layers(
 @bench.command()
 def training(
     image_size: ImageSize = 224,
-    batch: Batch = 8,
-    models: Annotated[
-        str, typer.Option(help="Of torchvision.")
-    ] = "resnet50,densenet121,efficientnet_b0,mobilenet_v3_large,regnet_y_400mf",
-    statistics: Sources = "full,fs:1/32,grid:1/32,grid:1/8",
-    compiled: Compiled = False,
+    batch: Batch = None,
+    models: Annotated[str | None, typer.Option(help="Of torchvision; five of them, on cuda two if left out.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, or bf16 by autocast, the default on cuda.")] = None,
+    statistics: Sources = None,
+    compiled: Compiled = None,
     repeats: Repeats = 11,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -218,21 +229,44 @@ def training(
     out: Results = None,
     overwrite: Replace = False,
 ) -> None:
-    """Time the whole training step of models, channels_last and fp32, converted and fused."""
+    """Time the whole training step of models, channels_last, converted and fused."""
     with _clean_errors():
-        from leannorm.bench.plan import TrainingPlan, listed
+        from leannorm.bench.plan import TrainingPlan, listed, planned
 
-        plan = TrainingPlan(
+        plan = planned(
+            TrainingPlan,
+            device,
             image_size=image_size,
             batch=batch,
             statistics=listed(statistics),
             compiled=compiled,
-            device=device,
             repeats=repeats,
             seed=seed,
             models=listed(models),
+            dtype=dtype,
         )
         _measure(plan, quick=quick, threads=threads, out=out, overwrite=overwrite)
+
+
+@bench.command()
+def launches(
+    repeats: Repeats = 11,
+    seed: Seed = 0,
+    device: Device = "cuda",
+    out: Results = None,
+    overwrite: Replace = False,
+) -> None:
+    """Count kernel launches and host microseconds of BN, BN+ReLU and BN+add+ReLU, forward and backward."""
+    with _clean_errors():
+        from leannorm.bench.command import measure_launches
+        from leannorm.bench.plan import LayerPlan, planned
+
+        plan = planned(LayerPlan, device, repeats=repeats, seed=seed, compiled=False)
+        measured, file = measure_launches(plan, out=out, overwrite=overwrite)
+        for case in measured.cases:
+            microseconds = 1e6 * sorted(case.seconds)[len(case.seconds) // 2]
+            typer.echo(f"{case.operation}, {case.side}: {case.launches} launches, {microseconds:.0f} us of the host")
+        typer.echo(f"raw results: {file}")
 
 
 @bench.command()

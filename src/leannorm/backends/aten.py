@@ -153,7 +153,7 @@ def _correct(dx, x, mean, var, weight, sum_g_xhat, sum_g, eps, draw, boxes, weig
     return _like(x, corrected)
 
 
-for _name, _kernel in {
+kernels = {  # other back ends call them where they cannot serve
     "batch_norm": batch_norm,
     "batch_norm_backward": batch_norm_backward,
     "moments": definition.moments,
@@ -163,5 +163,6 @@ for _name, _kernel in {
     "backward_fused": _backward_fused,
     "correct": _correct,
     "snapshot": torch.clone,
-}.items():
+}
+for _name, _kernel in kernels.items():
     library.impl(_name, _kernel, "CompositeExplicitAutograd")

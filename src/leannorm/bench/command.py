@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from leannorm import records
-from leannorm.bench import layers, training
+from leannorm.bench import launches, layers, training
 from leannorm.bench.conditions import conditions
 from leannorm.bench.plan import LayerPlan, Plan, TrainingPlan
 from leannorm.bench.results import default_path
 
 if TYPE_CHECKING:
-    from leannorm.bench.results import LayerBenchmark, TrainingBenchmark
+    from leannorm.bench.launches import LaunchBenchmark
+    from leannorm.bench.results import Conditions, LayerBenchmark, TrainingBenchmark
 
 
 def measure(
@@ -43,10 +44,7 @@ def measure(
             raise ValueError(f"threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
     described = conditions(plan)
-    kind = "layers" if isinstance(plan, LayerPlan) else "training"
-    out = out or default_path(kind, described, datetime.datetime.now(datetime.UTC).date())
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} holds earlier results: give another --out, or --overwrite")
+    out = _file("layers" if isinstance(plan, LayerPlan) else "training", described, out, overwrite)
     match plan:
         case LayerPlan():
             results = layers.run(plan, described, progress=progress)
@@ -57,3 +55,27 @@ def measure(
     out.parent.mkdir(parents=True, exist_ok=True)
     records.write(out, results)
     return results, out
+
+
+def measure_launches(
+    plan: LayerPlan, *, out: Path | None = None, overwrite: bool = False
+) -> tuple[LaunchBenchmark, Path]:
+    """Count and time the launches of a plan's layers, and write the raw results; arguments as of `measure`.
+
+    Raises:
+        FileExistsError: if the file is there; nothing is measured.
+        ValueError: for a device that is not there, or that is no GPU.
+    """
+    described = conditions(plan)
+    out = _file("launches", described, out, overwrite)
+    results = launches.run(plan, described)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    records.write(out, results)
+    return results, out
+
+
+def _file(kind: str, described: Conditions, out: Path | None, overwrite: bool) -> Path:
+    out = out or default_path(kind, described, datetime.datetime.now(datetime.UTC).date())
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} holds earlier results: give another --out, or --overwrite")
+    return out

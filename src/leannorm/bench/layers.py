@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
@@ -59,8 +60,10 @@ class Case:
 
     def inputs(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Make x, the residual and dy, (N, C, H, W)."""
-        generator = torch.Generator().manual_seed(self.seed)
-        x, residual, dy = (self._tensor(torch.randn(self.shape, generator=generator)) for _ in range(3))
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+        x, residual, dy = (
+            self._tensor(torch.randn(self.shape, generator=generator, device=self.device)) for _ in range(3)
+        )
         needs_residual = OPERATIONS[self.operation].residual
         return x.requires_grad_(), residual.requires_grad_() if needs_residual else None, dy
 
@@ -101,7 +104,7 @@ def run(plan: LayerPlan, conditions: Conditions, *, progress: bool = False) -> L
     cases = [
         Case(operation, (plan.batch, *shape), layout, dtype, plan.device, plan.seed)
         for operation, layout, dtype, shape in product(
-            OPERATIONS, plan.layouts, plan.dtypes, shapes[:QUICK_SHAPES] if plan.quick else shapes
+            plan.operations, plan.layouts, plan.dtypes, shapes[:QUICK_SHAPES] if plan.quick else shapes
         )
     ]
     checks = [check(case, plan) for case in track(cases, "checking", shown=progress)]
@@ -151,6 +154,8 @@ def measure(case: Case, plan: LayerPlan) -> tuple[Timing, ...]:
     steps: dict[str, Callable[[], object]] = {
         side: _step(layer, x, residual, dy) for side, layer in sides(case, plan).items()
     }
+    if plan.replayed:
+        steps |= {side + timing.REPLAYED: timing.graph_of(step) for side, step in steps.items()}
     source, target = x.detach(), torch.empty_like(x, requires_grad=False)
     steps["copy"] = lambda: target.copy_(source)
     return timing.interleave(
@@ -165,6 +170,8 @@ def measure(case: Case, plan: LayerPlan) -> tuple[Timing, ...]:
 def check(case: Case, plan: LayerPlan) -> tuple[Check, ...]:
     """Compare y and all gradients of each side with float64."""
     dtype, found = DTYPES[case.dtype], []
+    if torch.device(case.device).type == "cuda":  # the time of a GPU is short: what torch compiles is not ours to check
+        plan = dataclasses.replace(plan, compiled=False)
     layers = sides(case, plan)
     full, full_dy = exact(case, FullBatch(), plan.seed)
     torchs = _gradients(layers.pop("torch"), case, full_dy, plan.seed)
@@ -206,6 +213,11 @@ def _gradients(layer: nn.Module, case: Case, dy: Tensor, seed: int) -> dict[str,
     torch.manual_seed(seed)
     y = layer(x) if residual is None else layer(x, residual)
     return _named(y, torch.autograd.grad(y, _inputs(layer, x, residual), dy))
+
+
+def stepping(layer: nn.Module, case: Case) -> Callable[[], object]:
+    """Give the layer's forward and backward on the case's inputs."""
+    return _step(layer, *case.inputs())
 
 
 def _step(layer: nn.Module, x: Tensor, residual: Tensor | None, dy: Tensor) -> Callable[[], object]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
 from leannorm.spelling import parse_statistics
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+OPERATIONS = ("bn", "bn+relu", "bn+add+relu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -32,6 +33,8 @@ class Plan:
     Raises:
         ValueError: for what is unknown, not positive, or needs more than a layer.
     """
+
+    ON_CUDA: ClassVar[dict[str, Any]] = {"batch": 256, "compiled": True, "statistics": ("full", "fs:1/32", "grid:1/32")}
 
     image_size: int = 224
     batch: int = 16
@@ -56,28 +59,73 @@ class Plan:
 
 @dataclass(frozen=True)
 class LayerPlan(Plan):
-    """What `leannorm bench layers` measures: ResNet-50's shapes at this image size, in each layout and dtype."""
+    """What `leannorm bench layers` measures: ResNet-50's shapes at this image size, in each layout and dtype.
 
+    ``replayed`` adds each side as a replayed CUDA graph: its time on the device alone, which is what a layer costs
+    where the host keeps ahead of the device.
+    """
+
+    ON_CUDA: ClassVar = {**Plan.ON_CUDA, "layouts": ("channels_last",), "dtypes": ("bf16",), "replayed": True}
+
+    replayed: bool = False
+    operations: tuple[str, ...] = OPERATIONS
     layouts: tuple[str, ...] = tuple(LAYOUTS)
     dtypes: tuple[str, ...] = tuple(DTYPES)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for what, values, known in (("layout", self.layouts, LAYOUTS), ("dtype", self.dtypes, DTYPES)):
+        asked = (
+            ("operation", self.operations, OPERATIONS),
+            ("layout", self.layouts, LAYOUTS),
+            ("dtype", self.dtypes, DTYPES),
+        )
+        for what, values, known in asked:
             for value in values:
                 if value not in known:
                     raise ValueError(f"unknown {what} {value!r}; expected one of {', '.join(known)}")
+        if self.replayed and torch.device(self.device).type != "cuda":
+            raise ValueError(f"CUDA graphs need a CUDA device, got {self.device!r}; leave replayed out")
 
 
 @dataclass(frozen=True)
 class TrainingPlan(Plan):
-    """What `leannorm bench training` measures: the step of each torchvision model, channels_last, fp32."""
+    """What `leannorm bench training` measures: the step of each torchvision model, channels_last.
+
+    ``dtype`` bf16 is autocast: parameters and optimizer stay in fp32. The gate, in float64 too, takes at most
+    ``gate_batch`` images.
+    """
+
+    ON_CUDA: ClassVar = {
+        **Plan.ON_CUDA,
+        "statistics": ("full", "grid:1/32"),
+        "models": ("resnet50", "densenet121"),
+        "dtype": "bf16",
+        "gate_batch": 16,
+    }
 
     batch: int = 8
+    gate_batch: int = 2**31
+    dtype: str = "fp32"
     models: tuple[str, ...] = ("resnet50", "densenet121", "efficientnet_b0", "mobilenet_v3_large", "regnet_y_400mf")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {self.dtype!r}; expected one of {', '.join(DTYPES)}")
 
 
 P = TypeVar("P", bound=Plan)
+
+
+def planned(kind: type[P], device: str, **options: Any) -> P:
+    """Make a plan of the options that are not None; the others have the kind's defaults for the device.
+
+    >>> planned(LayerPlan, "cuda", batch=None).batch, planned(LayerPlan, "cuda", batch=32).batch
+    (256, 32)
+    """
+    defaults = kind.ON_CUDA if device.startswith("cuda") else {}
+    given = {name: value for name, value in options.items() if value is not None}
+    return kind(**{"device": device, **defaults, **given})
 
 
 def quickly(plan: P) -> P:
@@ -85,11 +133,13 @@ def quickly(plan: P) -> P:
     return dataclasses.replace(plan, quick=True, image_size=64, batch=4, repeats=3)
 
 
-def listed(text: str) -> tuple[str, ...]:
-    """Split a list of names, or of sources, whose own options are separated by commas too.
+def listed(text: str | None) -> tuple[str, ...] | None:
+    """Split a list of names, or of sources, whose own options are separated by commas too; None stays None.
 
     >>> listed("full,grid:1/8@step,minimum=4,fs:1/32")
     ('full', 'grid:1/8@step,minimum=4', 'fs:1/32')
     """
+    if text is None:
+        return None
     between = r",(?=full\b|[^,]*:)" if ":" in text else ","
     return tuple(item.strip() for item in re.split(between, text))

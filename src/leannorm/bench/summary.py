@@ -13,6 +13,8 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from leannorm.bench.timing import REPLAYED
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -112,8 +114,9 @@ def training_rows(benchmark: TrainingBenchmark) -> list[TrainingRow]:
 
 
 def speedup(case: LayerCase, side: str) -> list[float]:
-    """Give torch's time over the side's, for each round."""
-    return ratios(_timing(case.timings, "torch").seconds, _seconds(case, side))
+    """Give torch's time over the side's, for each round; where a graph was replayed, torch's graph."""
+    peer = "torch" + REPLAYED if side.endswith(REPLAYED) else "torch"
+    return ratios(_timing(case.timings, peer).seconds, _seconds(case, side))
 
 
 def floor_share(case: LayerCase, side: str) -> list[float]:

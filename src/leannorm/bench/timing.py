@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 SHORTEST_SAMPLE = 5e-3  # seconds; far above the clock's grain and a thread's wake-up
+REPLAYED = ", replayed"  # of a side's name: its CUDA graph is timed
 
 
 def interleave(
@@ -53,6 +54,20 @@ def interleave(
             for side in order:
                 samples[side].append(seconds_of(steps[side], iterations[side]))
     return tuple(Timing(side, iterations[side], tuple(samples[side])) for side in steps)
+
+
+def graph_of(step: Callable[[], object]) -> Callable[[], object]:
+    """Capture what a step launches as a CUDA graph, and give the graph's replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compilation and the libraries' first calls cannot be captured
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def _iterations(step: Callable[[], object], seconds_of: Callable, shortest_sample: float) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from leannorm.activation import activation_of
 from leannorm.bench import gate, timing
+from leannorm.bench.plan import DTYPES
 from leannorm.bench.progress import track
 from leannorm.bench.reference import by_definition
 from leannorm.bench.results import SavedBytes, TrainingBenchmark, TrainingCase
@@ -59,7 +61,7 @@ def run(plan: TrainingPlan, conditions: Conditions, *, progress: bool = False) -
         image_size=plan.image_size,
         batch=plan.batch,
         layout="channels_last",
-        dtype="fp32",
+        dtype=plan.dtype,
         cases=tuple(cases),
     )
 
@@ -108,18 +110,24 @@ def measure(name: str, plan: TrainingPlan) -> tuple[tuple[SavedBytes, ...], tupl
         for spelling in filter(_is_sampled, plan.statistics):
             tuned, _ = tune(_converted(model, spelling), images, plan=Path(folder) / "plan.json")
             models[spelling + TUNED] = tuned
-    kept = tuple(
-        SavedBytes(side, saved_bytes(each, images)) for side, each in models.items() if side != "torch.compile"
-    )
+    with autocast(plan):
+        kept = tuple(
+            SavedBytes(side, saved_bytes(each, images)) for side, each in models.items() if side != "torch.compile"
+        )
     models["ceiling"] = ceiling(model, images)
     timed = timing.interleave(
-        {side: _step(each, images, labels) for side, each in models.items()},
+        {side: _step(each, images, labels, plan) for side, each in models.items()},
         repeats=plan.repeats,
         seed=plan.seed,
         device=plan.device,
         shortest_sample=0.0 if plan.quick else timing.SHORTEST_SAMPLE,
     )
     return kept, timed
+
+
+def autocast(plan: TrainingPlan) -> torch.autocast:
+    """Compute as the plan's dtype says."""
+    return torch.autocast(torch.device(plan.device).type, torch.bfloat16, enabled=plan.dtype == "bf16")
 
 
 def saved_bytes(model: nn.Module, images: Tensor) -> int:
@@ -145,8 +153,10 @@ def check(name: str, plan: TrainingPlan) -> tuple[Check, ...]:
     own with full statistics, torch's operators by the definition with sampled ones. Each trial but the first moves the
     images by a rounding, since a sign that changes before a ReLU can outweigh all other errors.
     """
+    on_cuda = torch.device(plan.device).type == "cuda"
+    plan = dataclasses.replace(plan, batch=min(plan.batch, plan.gate_batch), compiled=plan.compiled and not on_cuda)
     model, images, labels = _setting(name, plan)
-    trials = [images] + [_moved(images, seed) for seed in range(1, TRIALS)]
+    trials = [images] + [_moved(images, seed, DTYPES[plan.dtype]) for seed in range(1, TRIALS)]
     models = sides(model, plan)
     plain = models.pop("torch")
     found = []
@@ -155,11 +165,13 @@ def check(name: str, plan: TrainingPlan) -> tuple[Check, ...]:
         spelling = "full" if side == "torch.compile" else side.removesuffix(FOLDED).removesuffix(FUSED)
         if spelling not in references:
             reference = plain if spelling == "full" else by_definition(_converted(model, spelling))
-            torchs = [_gradients(reference, trial, labels, plan.seed) for trial in trials]
+            with autocast(plan):
+                torchs = [_gradients(reference, trial, labels, plan.seed) for trial in trials]
             references[spelling] = torchs, _gradients(reference.double(), images.double(), labels, plan.seed)
         torchs, exact = references[spelling]
-        ours = [_gradients(each, trial, labels, plan.seed) for trial in trials]
-        found += gate.check(side, ours, exact, torchs, exact, torch.float32)
+        with autocast(plan):
+            ours = [_gradients(each, trial, labels, plan.seed) for trial in trials]
+        found += gate.check(side, ours, exact, torchs, exact, DTYPES[plan.dtype])
     return tuple(found)
 
 
@@ -172,10 +184,10 @@ def _setting(name: str, plan: TrainingPlan) -> tuple[nn.Module, Tensor, Tensor]:
     return model, images.to(plan.device, memory_format=torch.channels_last), labels.to(plan.device)
 
 
-def _moved(images: Tensor, seed: int) -> Tensor:
-    """Move each pixel up or down by a rounding."""
+def _moved(images: Tensor, seed: int, dtype: torch.dtype) -> Tensor:
+    """Move each pixel up or down by a rounding in the dtype that computes."""
     signs = torch.randint(0, 2, images.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return images * (1 + signs.to(images) * torch.finfo(images.dtype).eps)
+    return images * (1 + signs.to(images) * torch.finfo(dtype).eps)
 
 
 def _is_sampled(spelling: str) -> bool:
@@ -186,12 +198,14 @@ def _converted(model: nn.Module, spelling: str) -> nn.Module:
     return convert(copy.deepcopy(model), parse_statistics(spelling))[0]
 
 
-def _step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], object]:
+def _step(model: nn.Module, images: Tensor, labels: Tensor, plan: TrainingPlan) -> Callable[[], object]:
     # A rate of zero costs what any other does, and keeps every side at the numbers with which it began.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
 
     def step() -> None:
-        F.cross_entropy(model(images), labels).backward()
+        with autocast(plan):
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import leannorm
 from leannorm.records import Environment
 
-PACKAGES = ("leannorm", "torch", "torchvision", "lightning", "numpy", "onnx", "onnxruntime")
+PACKAGES = ("leannorm", "torch", "triton", "torchvision", "lightning", "numpy", "onnx", "onnxruntime")
 
 
 def environment() -> Environment:
@@ -45,8 +45,8 @@ def _version(name: str) -> str | None:
 def _commit() -> str:
     package = Path(str(leannorm.__file__)).resolve().parent
     repository = package.parent.parent
-    if not (repository / ".git").exists():  # installed: a repository further up would be somebody else's
-        return "unknown"
+    if not (repository / ".git").exists():  # installed or copied: a repository further up would be somebody else's
+        return os.environ.get("LEANNORM_COMMIT", "unknown")
     try:
         command = ["git", "-C", str(repository), "rev-parse", "HEAD"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
