@@ -72,8 +72,9 @@ def test_the_committed_sweep_is_what_is_claimed():
         left = [refusal for refusal in model.refusals if refusal.module]
         assert model.folded + model.tabled + len(left) == model.calls
         assert all(refusal.reason for refusal in left)
-        assert model.error32 < 1e-5 or model.error32 < 10 * model.rounding32
-        assert model.error64 is None or model.error64 < 1e-12
+        if model.calls:
+            assert model.error32 < 1e-5 or model.error32 < 10 * model.rounding32
+            assert model.error64 < 1e-12
 
 
 def test_a_model_that_fails_is_recorded_and_does_not_stop_the_others(tmp_path, monkeypatch):
