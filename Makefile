@@ -28,6 +28,8 @@ lint: env
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# Each of two processes computes with one thread.
+test test-full: export OMP_NUM_THREADS = 1
 test: lint
 	$(BIN)/pytest -n 2 -m 'not slow'
 
