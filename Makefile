@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ENVIRONMENT := .venv/.installed
 
-.PHONY: env demo test test-full gpu lint reproduce clean
+.PHONY: env demo test test-full test-sweep gpu lint reproduce clean
 
 env: $(ENVIRONMENT)
 
@@ -29,13 +29,17 @@ lint: env
 	$(BIN)/pyright
 
 # Each of two processes computes with one thread.
-test test-full: export OMP_NUM_THREADS = 1
+test test-full test-sweep: export OMP_NUM_THREADS = 1
 test: lint
-	$(BIN)/pytest -n 2 -m 'not slow'
+	$(BIN)/pytest -n 2 -m 'not slow and not sweep'
 
 # The checks of minutes each.
 test-full: env
-	$(BIN)/pytest -n 2 -m slow
+	$(BIN)/pytest -n 2 -m 'slow and not sweep'
+
+# Every model and every combination: longer than all the others together.
+test-sweep: env
+	$(BIN)/pytest -n 2 -m sweep
 
 # One of the paper's tables beside ours: EXPERIMENT=convergence, micro-batch, family, speed or placement; SCALE=cpu or full.
 SCALE ?= cpu

@@ -152,7 +152,7 @@ def test_drawn_inputs(drawn):
         assert_agrees(case, dtype, source, activation, residual=residual, seed=seed)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
 def test_everything_with_everything(case):
     for (activation, residual, dtype), source in itertools.product(EVERYTHING, SOURCES):

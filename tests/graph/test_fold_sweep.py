@@ -46,7 +46,7 @@ def test_a_few_architectures(name):
     assert ("repvgg" in name) == bool(swept.merged)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.filterwarnings("default")
 def test_one_architecture_of_each_timm_family():
     timm = pytest.importorskip("timm")
