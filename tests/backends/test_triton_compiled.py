@@ -35,7 +35,8 @@ def compiled(*step):
 def test_two_launches_a_direction_fill_the_device_with_wide_loads(source, residual, launches):
     result = compiled((256, 64, 112, 112), True, source, "bfloat16", "relu", residual)
     before, after = result["variants"]
-    assert before == after == len(set(launches)), "places or the batch size compile again"
+    assert before == after, "places or the batch size compile again"
+    assert len(set(launches)) <= before <= len(launches)  # a region of one sample may be compiled for itself
     found = result["launches"]
     assert [launch["kernel"] for launch in found] == [*launches, "moments", "finish"]
     for launch in found[: len(launches)]:
