@@ -63,8 +63,7 @@ def batch_norm(
     _check(input.shape, input.dtype, weight, bias, residual)
     regions = statistics.regions_of(input) if isinstance(statistics, Statistics) else statistics
     _check_regions(regions, input.shape, eps)
-    act = as_activation(activation)
-    kind, parameters = (act.kind, act.parameters) if act else ("", ())
+    kind, parameters = _kind(activation)
     return autograd.batch_norm(
         input, weight, bias, residual, _draw(regions, input), regions.boxes, regions.weights, eps, kind, parameters
     )
@@ -133,12 +132,12 @@ def conv_batch_norm(
             "none): these need the convolution's whole output first; call the convolution, then batch_norm"
         )
     _check_regions(regions, shape, eps)
-    act = as_activation(activation)
+    kind, parameters = _kind(activation)
     y, mean, var, *_ = torch.ops.leannorm.conv_batch_norm(
         input, conv_weight, conv_bias, weight, bias, residual,
         list(stride), list(padding), list(dilation), groups,
         _draw(regions, input), list(regions.boxes), list(regions.weights), eps,
-        act.kind if act else "", list(act.parameters) if act else [],
+        kind, list(parameters),
     )  # fmt: skip
     return y, mean if conv_bias is None else mean + conv_bias.detach(), var
 
@@ -180,8 +179,7 @@ def normalize_by(
         ValueError: for shapes or dtypes that do not fit.
     """
     _check(input.shape, input.dtype, weight, bias, residual)
-    act = as_activation(activation)
-    kind, parameters = (act.kind, act.parameters) if act else ("", ())
+    kind, parameters = _kind(activation)
     return definition.normalize(input, mean, var, weight, bias, residual, eps, kind, parameters)
 
 
@@ -214,8 +212,7 @@ def normalize(
     y = F.batch_norm(input, mean, var, weight, bias, mean is None, 0.0, eps)
     if residual is not None:
         y = y + residual
-    act = as_activation(activation)
-    return activate(y, act.kind, act.parameters) if act else y
+    return activate(y, *_kind(activation))
 
 
 def transform(
@@ -234,9 +231,13 @@ def transform(
         ValueError: for shapes or dtypes that do not fit.
     """
     _check(input.shape, input.dtype, weight, bias, residual)
-    act = as_activation(activation)
-    kind, parameters = (act.kind, act.parameters) if act else ("", ())
+    kind, parameters = _kind(activation)
     return definition.transform(normalized, weight, bias, residual, kind, parameters).to(input.dtype)
+
+
+def _kind(activation: str | Activation | None) -> tuple[str, tuple[float, ...]]:
+    act = as_activation(activation)
+    return (act.kind, act.parameters) if act else ("", ())
 
 
 def _check(

@@ -35,8 +35,10 @@ def compiled(*step):
 def test_two_launches_a_direction_fill_the_device_with_wide_loads(source, residual, launches):
     result = compiled((256, 64, 112, 112), True, source, "bfloat16", "relu", residual)
     before, after = result["variants"]
-    assert before == after, "places or the batch size compile again"
-    assert len(set(launches)) <= before <= len(launches)  # a region of one sample may be compiled for itself
+    forms = len(set(launches)) + (
+        launches.count("correct") > 1
+    )  # the first region's merges partial sums, later ones not
+    assert before == after == forms, "places or the batch size compile again"
     found = result["launches"]
     assert [launch["kernel"] for launch in found] == [*launches, "moments", "finish"]
     for launch in found[: len(launches)]:

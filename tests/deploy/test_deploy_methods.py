@@ -16,7 +16,8 @@ def test_a_method_is_trained_and_shipped(spelling, folds, recalibrates, tmp_path
     deployment = deploy(tmp_path / "last.ckpt", out=tmp_path / "shipped")
     assert bool(deployment.recalibration.batches) is recalibrates
     assert len(deployment.fold.changes) == (9 if folds else 0)
-    assert bool(deployment.fold.refusals) is not folds  # group normalization is named
+    assert len(deployment.fold.refusals) == (0 if folds else 9)
+    assert all("it is group normalization" in refusal.reason for refusal in deployment.fold.refusals)
     fp32 = deployment.files[0]
     assert not fp32.failures
     assert bool(fp32.normalization_nodes) is not folds

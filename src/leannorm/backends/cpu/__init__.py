@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from leannorm.backends import aten
+from leannorm.backends.memory import in_order_of, is_channels_last
 from leannorm.ops import eager
 from leannorm.ops.contract import takes_output
 
@@ -43,17 +44,9 @@ def why_not(x: Tensor) -> str | None:
         return f"the native kernels take float32, bfloat16 and float16, the input is {x.dtype}"
     if x.numel() == 0:
         return "the input is empty"
-    if _channels_last(x.shape, torch.empty_like(x, device="meta").stride()) is None:
+    if is_channels_last(torch.empty_like(x, device="meta")) is None:
         return f"the input's memory order is neither contiguous nor channels-last, its strides are {x.stride()}"
     return None
-
-
-def _channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool | None:
-    """Whether the channels come last in memory, or None for an order that the kernels do not know."""
-    like = torch.empty_strided(shape, strides, device="meta")
-    if like.is_contiguous():
-        return like.numel() == shape[0] * shape[1]
-    return True if like.movedim(1, -1).is_contiguous() else None
 
 
 @lru_cache(maxsize=4096)
@@ -61,7 +54,7 @@ def _plan(
     shape: Sequence[int], strides: Sequence[int], boxes: Sequence[int], weights: Sequence[float], drawn: bool
 ) -> Any:
     """Make the kernels' plan for tensors of this shape and these strides, or None where they have none."""
-    order = _channels_last(shape, strides)
+    order = is_channels_last(torch.empty_strided(shape, strides, device="meta"))
     if order is None or 0 in shape:
         return None
     return _kernels.Plan(order, shape[1], [shape[0], *shape[2:]], list(boxes), list(weights), drawn)
@@ -83,13 +76,8 @@ def _per_channel(tensor: Tensor | None) -> Tensor | None:
     return tensor.to(torch.float32).contiguous()
 
 
-def _like(x: Tensor, other: Tensor) -> Tensor:
-    """Give other in x's memory order."""
-    return other if other.stride() == x.stride() else torch.empty_like(x).copy_(other)
-
-
 def _maybe_like(x: Tensor, other: Tensor | None) -> Tensor | None:
-    return None if other is None else _like(x, other)
+    return None if other is None else in_order_of(x, other)
 
 
 def _activation(kind: str, parameters: Sequence[float]) -> tuple[int, float, float]:
@@ -102,7 +90,7 @@ def _batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation
     plan = _plan_for(x, y, draw, boxes, weights)
     if plan is None:
         return aten.batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters)
-    x, residual, weight, bias = _like(y, x), _maybe_like(y, residual), _per_channel(weight), _per_channel(bias)
+    x, residual, weight, bias = in_order_of(y, x), _maybe_like(y, residual), _per_channel(weight), _per_channel(bias)
     mean, var = (torch.empty(x.shape[1], dtype=torch.float32) for _ in range(2))
     plan.batch_norm(
         _DTYPES[x.dtype], _address(x), _address(residual), _address(y), _address(weight), _address(bias),
@@ -136,7 +124,7 @@ def _batch_norm_backward(
             dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters, draw, boxes, weights,
             residual_gradient,
         )  # fmt: skip
-    x, dy, residual, y = _like(dx, x), _like(dx, dy), _maybe_like(dx, residual), _maybe_like(dx, y)
+    x, dy, residual, y = in_order_of(dx, x), in_order_of(dx, dy), _maybe_like(dx, residual), _maybe_like(dx, y)
     weight, bias = _per_channel(weight), _per_channel(bias)
     dresidual = torch.empty_like(dx) if residual_gradient else None
     sum_g_xhat, sum_g = torch.empty_like(mean), torch.empty_like(mean)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from leannorm.backends import aten
-from leannorm.backends.triton.memory import is_channels_last
+from leannorm.backends.memory import is_channels_last
 from leannorm.ops import eager
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from leannorm.backends.memory import in_order_of, is_channels_last
 from leannorm.backends.triton import geometry
 from leannorm.backends.triton.backward import apply_kernel, correct_kernel, gradient_kernel
 from leannorm.backends.triton.forward import moments_kernel, normalize_kernel
 from leannorm.backends.triton.geometry import Region, Tiles
-from leannorm.backends.triton.memory import in_order_of, is_channels_last
 from leannorm.backends.triton.partials import finish_kernel
 
 _WHOLE = (0, 1, 1, *(0, 1, 1, 1) * 4)  # a place that is not read

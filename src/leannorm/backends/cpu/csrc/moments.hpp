@@ -40,9 +40,9 @@ void moments_of_rows(int64_t rows, int64_t width, Prepare prepare, Row row, Weig
   for (int64_t first = 0; first < rows; first += block) {
     const int64_t last = rows < first + block ? rows : first + block;
     prepare(first, last);
-    float block_count = 0;
+    double block_count = 0;  // rounded, it would be another share of all than its sums are
     for (int64_t r = first; r < last; ++r) block_count += weight(r);
-    const float share = 1.0f / block_count;
+    const auto share = static_cast<float>(1 / block_count);
     clear(scratch, 3 * part);
     each_rows(first, last, [&](int64_t r, auto rows) {
       each_vector(width, [&](int64_t i, auto lanes) {
