@@ -8,6 +8,7 @@ namespace leannorm::LEANNORM_ISA {
 namespace {
 
 constexpr int64_t kBlock = 4096;     // elements that are added up in float before they go to double
+constexpr int64_t kSumBlock = 256;   // the same in backward, where nothing is centred
 constexpr int64_t kBlockRows = 128;  // the same for rows
 constexpr int64_t kColumns = 32;     // channels of planes whose sampled elements are gathered into rows
 
@@ -26,26 +27,23 @@ inline __attribute__((always_inline)) void each_rows(int64_t first, int64_t last
   for (; r < last; ++r) body(r, Constant<1>{});
 }
 
-struct Piece {
-  int64_t offset, length, channel, sums;
-};
+// A channel's piece: planes of a channel are counted sample by sample, each in its pieces.
+inline Run piece_of(const Geometry& g, int64_t channel, int64_t unit) {
+  if (g.pieces == 1) return {(unit * g.channels + channel) * g.spatial, g.spatial};
+  const int64_t sample = unit / g.pieces, piece = unit % g.pieces;
+  const int64_t first = g.spatial * piece / g.pieces, last = g.spatial * (piece + 1) / g.pieces;
+  return {(sample * g.channels + channel) * g.spatial + first, last - first};
+}
 
-// Calls body with the pieces of planes that are the units [begin, end).
+// Calls body(channel, stretch of memory) in memory's order, but for planes that have several pieces.
 template <class Body>
-inline __attribute__((always_inline)) void each_piece(const Geometry& g, int64_t begin, int64_t end, Body body) {
-  if (begin == end) return;
-  int64_t piece = begin % g.pieces, channel = begin / g.pieces % g.channels, sample = begin / g.pieces / g.channels;
-  int64_t plane = (sample * g.channels + channel) * g.spatial;
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t first = g.pieces == 1 ? 0 : g.spatial * piece / g.pieces;
-    const int64_t last = g.pieces == 1 ? g.spatial : g.spatial * (piece + 1) / g.pieces;
-    body(Piece{plane + first, last - first, channel, (sample * g.pieces + piece) * g.channels + channel});
-    if (++piece < g.pieces) continue;
-    piece = 0;
-    plane += g.spatial;
-    if (++channel < g.channels) continue;
-    channel = 0;
-    ++sample;
+inline __attribute__((always_inline)) void each_piece(const Geometry& g, Pieces pieces, Body body) {
+  for (int64_t unit = pieces.first_unit; unit < pieces.end_unit; ++unit) {
+    Run stretch = piece_of(g, pieces.first_channel, unit);
+    for (int64_t channel = pieces.first_channel; channel < pieces.end_channel; ++channel) {
+      body(channel, stretch);
+      stretch.offset += g.spatial;
+    }
   }
 }
 

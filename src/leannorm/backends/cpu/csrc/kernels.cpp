@@ -119,10 +119,11 @@ void forward_rows(const Tensors& t, const Channels& channels, int64_t offset, in
   });
 }
 
-void forward_planes(const Tensors& t, const Channels& channels, const Geometry& geometry, int64_t begin, int64_t end) {
+void forward_planes(const Tensors& t, const Channels& channels, const Geometry& geometry, Pieces pieces) {
   with_forward(t, [&]<class T, bool kResidual>(auto act) {
-    each_piece(geometry, begin, end, [&](Piece piece) {
-      forward<T, kResidual>(t, act, point_of(channels, piece.channel), piece.offset, piece.length, Constant<1>{});
+    each_piece(geometry, pieces, [&](int64_t channel, Run piece) {
+      const auto point = point_of(channels, channel);
+      forward<T, kResidual>(t, act, point, piece.offset, piece.length, Constant<1>{});
     });
   });
 }
@@ -222,18 +223,18 @@ void backward_rows(const Tensors& t, const Channels& channels, Backward mode, in
 }
 
 void backward_planes(const Tensors& t, const Channels& channels, Backward mode, const Geometry& geometry,
-                     int64_t begin, int64_t end, Sums totals) {
+                     Pieces pieces, Sums totals) {
   with_gradient(t, [&]<class T, bool kExtra>(auto act) {
     with_mode(mode, [&]<Backward kMode>() {
-      each_piece(geometry, begin, end, [&](Piece piece) {
-        const auto point = point_of(channels, piece.channel);
-        for (int64_t first = 0; first < piece.length; first += kBlock) {
-          const int64_t n = piece.length - first < kBlock ? piece.length - first : kBlock;
+      each_piece(geometry, pieces, [&](int64_t channel, Run piece) {
+        const auto point = point_of(channels, channel);
+        for (int64_t first = 0; first < piece.length; first += kSumBlock) {
+          const int64_t n = piece.length - first < kSumBlock ? piece.length - first : kSumBlock;
           PlaneSums sums;
           backward<T, kMode, kExtra>(t, act, point, piece.offset + first, n, Constant<1>{}, sums);
           if (kMode == Backward::exact) continue;
-          totals.first[piece.sums] += sum_of(sums.g);
-          totals.second[piece.sums] += sum_of(sums.g_centred);
+          totals.first[channel] += sum_of(sums.g);
+          totals.second[channel] += sum_of(sums.g_centred);
         }
       });
     });

@@ -3,7 +3,7 @@
 // Legend
 //   row         all channels of one position, in channels-last memory; a wide row is `fold` of them
 //   plane       the elements of one channel of one sample, in contiguous memory; cut into pieces
-//   unit        a wide row or a piece of a plane, counted in memory's order
+//   unit        a wide row, counted in memory's order; or a piece of a channel's planes, counted within the channel
 //   position    of a sampled element: a sample and a place in its map, which all channels share
 //   z           (x - mean) scale + bias + residual;  y = act(z);  g = dy act'(z)
 //   dx          scale g - weight (centre + slope (x - mean)), weight 1 except in `correct`
@@ -47,7 +47,7 @@ struct Tensors {
 enum class Backward : int { reduce, fused, exact };  // sums alone; dx = scale g and the sums; dx alone
 
 // Two sums a channel: of x and of its squared distance from its mean; or of g and of g (x - mean).
-// For a plane's part they lie at part * channels + channel, for rows at the lane.
+// They lie at the channel, for wide rows at the lane.
 struct Sums {
   double *first, *second;
 };
@@ -71,20 +71,24 @@ struct Runs {
 // Floats of scratch for rows of a width.
 constexpr int64_t scratch_size(int64_t width) { return 3 * (width + 64); }
 
-// begin and end count units. Moments are zero before, sums of backward are added to.
+// Pieces of planes: some units of some channels.
+struct Pieces {
+  int64_t first_channel, end_channel, first_unit, end_unit;
+};
+
+// begin and end are channels. Moments are zero before, sums of backward are added to.
 struct Kernels {
   void (*moments_rows)(const Tensors&, int64_t offset, int64_t rows, int64_t width, Sums, float* scratch);
   void (*moments_sampled_rows)(const Tensors&, int64_t width, Sampled, Sums, float* scratch);
-  void (*moments_planes)(const Tensors&, const Geometry&, int64_t begin, int64_t end, Sums);
-  // Of the channels [begin, end).
+  void (*moments_planes)(const Tensors&, const Geometry&, Pieces, Sums);
   void (*moments_sampled_planes)(const Tensors&, int64_t spatial, int64_t begin, int64_t end, Sampled, Sums,
                                  float* scratch);
   void (*moments_of_runs)(const Tensors&, int64_t spatial, int64_t begin, int64_t end, Runs, Sums);
   void (*forward_rows)(const Tensors&, const Channels&, int64_t offset, int64_t rows, int64_t width);
-  void (*forward_planes)(const Tensors&, const Channels&, const Geometry&, int64_t begin, int64_t end);
+  void (*forward_planes)(const Tensors&, const Channels&, const Geometry&, Pieces);
   void (*backward_rows)(const Tensors&, const Channels&, Backward, int64_t offset, int64_t rows, int64_t width, Sums,
                         float* scratch);
-  void (*backward_planes)(const Tensors&, const Channels&, Backward, const Geometry&, int64_t begin, int64_t end, Sums);
+  void (*backward_planes)(const Tensors&, const Channels&, Backward, const Geometry&, Pieces, Sums);
   void (*correct_rows)(const Tensors&, const Channels&, int64_t width, Sampled);
   void (*correct_planes)(const Tensors&, const Channels&, int64_t spatial, int64_t begin, int64_t end, Sampled);
   void (*correct_runs)(const Tensors&, const Channels&, int64_t spatial, int64_t begin, int64_t end, Runs);

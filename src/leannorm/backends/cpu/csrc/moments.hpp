@@ -131,41 +131,46 @@ class MomentsOfElements {
   double count_ = 0;
 };
 
-void moments_planes(const Tensors& t, const Geometry& geometry, int64_t begin, int64_t end, Sums totals) {
+// Stretches of a channel, stretch(i): short ones side by side, so that a block is full.
+template <class T, class Stretch>
+void moments_of_stretches(const typename T::Scalar* x, int64_t count, Stretch stretch, double& sum, double& square) {
+  constexpr int64_t kShort = kBlock / 4;
+  MomentsOfElements moments(sum, square);
+  typename T::Scalar block[kBlock];
+  int64_t filled = 0;
+  const auto add = [&](const typename T::Scalar* p, int64_t n) {
+    moments.add(n, [p](int64_t i, auto lanes) { return load<T>(p + i, lanes); });
+  };
+  for (int64_t s = 0; s < count; ++s) {
+    const auto [offset, length] = stretch(s);
+    if (length > kShort) {
+      for (int64_t first = 0; first < length; first += kBlock)
+        add(x + offset + first, length - first < kBlock ? length - first : kBlock);
+      continue;
+    }
+    if (filled + length > kBlock) add(block, filled), filled = 0;
+    std::memcpy(block + filled, x + offset, length * sizeof *block);
+    filled += length;
+  }
+  if (filled) add(block, filled);
+}
+
+void moments_planes(const Tensors& t, const Geometry& geometry, Pieces pieces, Sums totals) {
   with_dtype(t.dtype, [&]<class T>(T) {
-    each_piece(geometry, begin, end, [&](Piece piece) {
-      MomentsOfElements moments(totals.first[piece.sums], totals.second[piece.sums]);
-      for (int64_t first = 0; first < piece.length; first += kBlock) {
-        const auto* x = at<T>(t.x, piece.offset + first);
-        moments.add(piece.length - first < kBlock ? piece.length - first : kBlock,
-                    [&](int64_t i, auto lanes) { return load<T>(x + i, lanes); });
-      }
-    });
+    const int64_t count = pieces.end_unit - pieces.first_unit;
+    for (int64_t channel = pieces.first_channel; channel < pieces.end_channel; ++channel) {
+      const auto piece = [&](int64_t i) { return piece_of(geometry, channel, pieces.first_unit + i); };
+      moments_of_stretches<T>(at<T>(t.x, 0), count, piece, totals.first[channel], totals.second[channel]);
+    }
   });
 }
 
 void moments_of_runs(const Tensors& t, int64_t spatial, int64_t begin, int64_t end, Runs sampled, Sums totals) {
   with_dtype(t.dtype, [&]<class T>(T) {
-    typename T::Scalar block[kBlock];  // runs, side by side
-    for (int64_t channel = begin; channel < end; ++channel) {
-      MomentsOfElements moments(totals.first[channel], totals.second[channel]);
-      const auto* plane = at<T>(t.x, channel * spatial);
-      int64_t filled = 0;
-      const auto flush = [&] {
-        if (filled) moments.add(filled, [&](int64_t i, auto lanes) { return load<T>(block + i, lanes); });
-        filled = 0;
-      };
-      for (int64_t r = 0; r < sampled.count; ++r) {
-        const auto [offset, length] = sampled.runs[r];
-        for (int64_t first = 0, n; first < length; first += n) {
-          n = length - first < kBlock ? length - first : kBlock;
-          if (filled + n > kBlock) flush();
-          std::memcpy(block + filled, plane + offset + first, n * sizeof *block);
-          filled += n;
-        }
-      }
-      flush();
-    }
+    const auto run = [&](int64_t i) { return sampled.runs[i]; };
+    for (int64_t channel = begin; channel < end; ++channel)
+      moments_of_stretches<T>(at<T>(t.x, channel * spatial), sampled.count, run, totals.first[channel],
+                              totals.second[channel]);
   });
 }
 
