@@ -152,6 +152,37 @@ def test_report_of_a_folder_without_one(tmp_path):
     assert not (tmp_path / "page.html").exists()
 
 
+def test_explain_prints_the_table(tmp_path):
+    arguments = ["explain", "resnet8", "--statistics", "grid:1/8", "--image-size", "16", "--batch-size", "4"]
+    result = CliRunner().invoke(cli.main, arguments)
+    assert result.exit_code == 0, result.output
+    heading, first, *_ = result.stdout.splitlines()
+    assert heading.split() == ["module", "layer", "statistics", "computes", "by"]
+    assert "grid:1/8 (128 of 1024)  batch norm + relu" in first
+    apart = CliRunner().invoke(cli.main, [*arguments, "--no-fuse"])
+    assert "leannorm.fuse computes batch norm + add + relu in one operator" in apart.stdout
+    folded = CliRunner().invoke(cli.main, [*arguments, "--convolution"])
+    assert "convolution + batch norm + relu" in folded.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("resnet9",), "unknown model 'resnet9'"),
+        (("resnet8", "--statistics", "grid"), "grid"),
+        (("resnet8", "--image-size", "0"), "the image size must be at least 1, got 0"),
+        (("resnet8", "--device", "tpu9"), "resnet8 cannot be built on 'tpu9'"),
+        (("resnet8", "--no-fuse", "--convolution"), "leave --no-fuse or --convolution away"),
+        (("torchvision:vit_b_32", "--image-size", "32"), "torchvision:vit_b_32 does not take images of shape"),
+    ],
+)
+def test_explain_refuses(arguments, message):
+    result = CliRunner().invoke(cli.main, ["explain", *arguments])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+
+
 def test_default_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     from leannorm.train.run import default_folder
