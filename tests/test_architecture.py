@@ -30,7 +30,9 @@ MAY_IMPORT = {
     "train": {"conversion", "methods", "nn", "ops", "records", "spelling", "statistics"},
     "deploy": {"conversion", "graph", "quantize", "records", "report", "train"},
     "bench": {"activation", "conversion", "nn", "ops", "records", "spelling", "statistics", "train"},
-    "cli": {"bench", "deploy", "records", "report", "train"},
+    "__main__": {"cli"},
+    "termination": set(),
+    "cli": {"bench", "deploy", "records", "report", "termination", "train"},
 }
 
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import subprocess
 import sys
+import textwrap
 import types
 from pathlib import Path
 
@@ -150,6 +152,48 @@ def test_report_of_a_folder_without_one(tmp_path):
     assert result.stderr.startswith("error: ")
     assert "report.json" in result.stderr
     assert not (tmp_path / "page.html").exists()
+
+
+def test_python_m_leannorm_is_the_command():
+    command = [sys.executable, "-m", "leannorm", "report", "--out", "page.html", "nowhere"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+
+
+def test_a_terminated_deploy_cleans_up_and_exits_by_convention(tmp_path):
+    # stands in for the slow part of the work, where the signal comes
+    doomed = textwrap.dedent(f"""
+        import os, signal, sys, types
+        from pathlib import Path
+        from leannorm import cli
+        from leannorm.deploy import shipping
+
+        def deploy(checkpoint, *, data, out, overwrite):
+            with shipping._staged(out) as folder:
+                (folder / "model.fp32.onnx").write_bytes(b"half")
+                print(folder.name)
+                os.kill(os.getpid(), signal.SIGTERM)
+                signal.pause()
+
+        module = types.ModuleType("leannorm.deploy")
+        module.deploy = deploy
+        sys.modules["leannorm.deploy"] = module
+        cli.main(["deploy", "best.ckpt", "--out", {str(tmp_path / "out")!r}])
+    """)
+    command = [sys.executable, "-c", doomed]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 128 + signal.SIGTERM, result.stderr
+    assert result.stdout.startswith(".deploy.")
+    assert result.stderr == "terminated: nothing was changed\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_handler_of_sigterm_is_put_back(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    result = CliRunner().invoke(cli.main, ["deploy", "no.ckpt"])
+    assert result.exit_code == 2
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_explain_prints_the_table(tmp_path):
