@@ -129,6 +129,22 @@ def test_a_folded_convolution():
     assert (layer.served_by, layer.reasons) == ("PyTorch's convolutions", ())
 
 
+@pytest.mark.parametrize("given", [(), (images(),)])
+def test_a_convolution_that_tune_keeps_apart_is_no_call_that_does_not_fit(given):
+    blocks = [nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU()) for _ in range(2)]
+    network, _ = leannorm.convert(nn.Sequential(*blocks), leannorm.parse_statistics("grid:1/8"))
+    leannorm.fuse(network, convolution=True)
+    network[0][1].folds_convolution = False
+    apart, folded = explain(network, *given).layers
+    assert (apart.operator, folded.operator) == ("batch norm + relu", "convolution + batch norm + relu")
+    assert not any("leannorm.fuse" in reason for reason in (*apart.reasons, *folded.reasons))
+
+
+def test_eval_mode_without_running_statistics():
+    layer = only(explain(leannorm.BatchNorm2d(3, track_running_stats=False).eval(), images()))
+    assert (layer.statistics, layer.served_by) == ("full", "PyTorch")
+
+
 def test_a_convolution_that_stays_apart_says_why():
     network = model()
     network[0].register_forward_hook(lambda *_: None)
@@ -149,7 +165,7 @@ def test_a_hook_is_why_a_layer_is_not_fused():
 def test_eval_mode_and_frozen_layers_run_by_pytorchs_operators(given):
     layer = only(explain(model().eval(), *given))
     assert (layer.statistics, layer.served_by) == ("running", "PyTorch")
-    assert layer.reasons[0].startswith("in eval mode PyTorch's own operators apply the running statistics")
+    assert layer.reasons[0].startswith("in eval mode PyTorch's own operators normalize")
     frozen = only(explain(leannorm.freeze(model())[0], *given))
     assert frozen.reasons == ("it is frozen: PyTorch's own operators apply the running statistics",)
 

@@ -30,7 +30,7 @@ from leannorm.statistics import Statistics, WeightedSum, sampled_dimensions
 _NORMALIZATION = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _PYTORCH, _CONVOLUTIONS = "PyTorch", "PyTorch's convolutions"
 _EVAL = (
-    "in eval mode PyTorch's own operators apply the running statistics, so that the model exports; leannorm.fold "
+    "in eval mode PyTorch's own operators normalize, so that the model exports; leannorm.fold "
     "leaves no normalization in the shipped model"
 )
 _UNREACHED = "these example inputs do not reach it"
@@ -106,9 +106,14 @@ class _Fusing:
         self.actions = {change.module: change.action for change in report.changes}
         self.refusals = {refusal.module: refusal.reason for refusal in report.refusals}
 
-    def why_not(self, name: str, operator: str) -> str | None:
+    def action(self, name: str, layer: SampledBatchNorm) -> str:
+        """What fuse lets a layer compute; without the convolution where `leannorm.tune` keeps that apart."""
+        action = self.actions.get(name, "batch norm")
+        return action if layer.folds_convolution else action.removeprefix("convolution + ")
+
+    def why_not(self, name: str, layer: SampledBatchNorm, operator: str) -> str | None:
         """Say why a layer's call computes no more than this operator, or None where there is no more."""
-        possible = self.actions.get(name, "batch norm")
+        possible = self.action(name, layer)
         if name in self.refusals:
             return f"not fused: {self.refusals[name]}"
         if possible in (operator, "batch norm"):
@@ -122,14 +127,15 @@ def _explained(name: str, module: nn.Module, call: _Call, fusing: _Fusing) -> La
     if not isinstance(module, SampledBatchNorm):
         return LayerExplanation(name, kind, target, _operator(module), _PYTORCH, (_why_torch(name, module, fusing),))
     if not call.training:
-        return LayerExplanation(name, kind, "running", "batch norm", _PYTORCH, (_why_eval(module),))
+        source = "full" if module.running_mean is None else "running"
+        return LayerExplanation(name, kind, source, "batch norm", _PYTORCH, (_why_eval(module),))
     reasons = list(call.reasons)
     if isinstance(module, MethodNorm):
         if not call.served_by:
             reasons.append(f"{module.method} is composed of PyTorch's operators: the kernels compute batch norm alone")
         served_by = ", ".join((*call.served_by, _PYTORCH))
         return LayerExplanation(name, kind, target, "its method", served_by, tuple(reasons))
-    more = fusing.why_not(name, call.operator)
+    more = fusing.why_not(name, module, call.operator)
     reasons += [] if more is None else [more]
     served_by = ", ".join(call.served_by)
     return LayerExplanation(name, kind, target + call.sampled, call.operator, served_by, tuple(reasons))
@@ -180,7 +186,7 @@ def _expected(name: str, module: nn.Module, fusing: _Fusing) -> _Call:
     served_by, reason = backends.serving(like.detach().new_empty(2, module.num_features))
     operator = "batch norm" if module.activation is None else f"batch norm + {module.activation}"
     if fusing.done:
-        operator = fusing.actions.get(name, operator)
+        operator = fusing.action(name, module)
     if operator.startswith("convolution"):
         served_by, reason = _CONVOLUTIONS, None
     return _Call(True, operator, (served_by,), () if reason is None else (reason,))

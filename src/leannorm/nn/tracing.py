@@ -43,5 +43,5 @@ class Unscriptable:
         """Answer `torch.jit.script`, which asks each module for what it is to compile in its place."""
         raise TypeError(
             f"torch.jit.script cannot compile a {type(self).__name__} of leannorm's: call leannorm.revert(model) "
-            "first, take torch.jit.trace, torch.export or torch.compile, or ship what leannorm.fold gives"
+            "first, take torch.export or torch.compile, or ship what leannorm.fold gives"
         )
