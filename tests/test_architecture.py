@@ -23,14 +23,16 @@ MAY_IMPORT = {
     "backends": {"ops"},
     "functional": {"activation", "backends", "ops", "statistics"},
     "nn": {"activation", "functional", "methods", "ops", "statistics"},
-    "conversion": {"activation", "methods", "nn", "records", "statistics"},
+    "conversion": {"activation", "backends", "methods", "nn", "ops", "records", "statistics"},
     "graph": {"nn", "records"},
     "quantize": {"nn", "records"},
     "report": {"records"},
     "train": {"conversion", "methods", "nn", "ops", "records", "spelling", "statistics"},
     "deploy": {"conversion", "graph", "quantize", "records", "report", "train"},
     "bench": {"activation", "conversion", "nn", "ops", "records", "spelling", "statistics", "train"},
-    "cli": {"bench", "deploy", "records", "report", "train"},
+    "__main__": {"cli"},
+    "termination": set(),
+    "cli": {"bench", "deploy", "records", "report", "termination", "train"},
 }
 
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import subprocess
 import sys
+import textwrap
 import types
 from pathlib import Path
 
@@ -150,6 +152,79 @@ def test_report_of_a_folder_without_one(tmp_path):
     assert result.stderr.startswith("error: ")
     assert "report.json" in result.stderr
     assert not (tmp_path / "page.html").exists()
+
+
+def test_python_m_leannorm_is_the_command():
+    command = [sys.executable, "-m", "leannorm", "report", "--out", "page.html", "nowhere"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+
+
+def test_a_terminated_deploy_cleans_up_and_exits_by_convention(tmp_path):
+    # stands in for the slow part of the work, where the signal comes
+    doomed = textwrap.dedent(f"""
+        import os, signal, sys, types
+        from pathlib import Path
+        from leannorm import cli
+        from leannorm.deploy import shipping
+
+        def deploy(checkpoint, *, data, out, overwrite):
+            with shipping._staged(out) as folder:
+                (folder / "model.fp32.onnx").write_bytes(b"half")
+                print(folder.name)
+                os.kill(os.getpid(), signal.SIGTERM)
+                signal.pause()
+
+        module = types.ModuleType("leannorm.deploy")
+        module.deploy = deploy
+        sys.modules["leannorm.deploy"] = module
+        cli.main(["deploy", "best.ckpt", "--out", {str(tmp_path / "out")!r}])
+    """)
+    command = [sys.executable, "-c", doomed]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 128 + signal.SIGTERM, result.stderr
+    assert result.stdout.startswith(".deploy.")
+    assert result.stderr == "terminated: nothing was changed\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_handler_of_sigterm_is_put_back(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    result = CliRunner().invoke(cli.main, ["deploy", "no.ckpt"])
+    assert result.exit_code == 2
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_explain_prints_the_table(tmp_path):
+    arguments = ["explain", "resnet8", "--statistics", "grid:1/8", "--image-size", "16", "--batch-size", "4"]
+    result = CliRunner().invoke(cli.main, arguments)
+    assert result.exit_code == 0, result.output
+    heading, first, *_ = result.stdout.splitlines()
+    assert heading.split() == ["module", "layer", "statistics", "computes", "by"]
+    assert "grid:1/8 (128 of 1024)  batch norm + relu" in first
+    apart = CliRunner().invoke(cli.main, [*arguments, "--no-fuse"])
+    assert "leannorm.fuse computes batch norm + add + relu in one operator" in apart.stdout
+    folded = CliRunner().invoke(cli.main, [*arguments, "--convolution"])
+    assert "convolution + batch norm + relu" in folded.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("resnet9",), "unknown model 'resnet9'"),
+        (("resnet8", "--statistics", "grid"), "grid"),
+        (("resnet8", "--image-size", "0"), "the image size must be at least 1, got 0"),
+        (("resnet8", "--device", "tpu9"), "resnet8 cannot be built on 'tpu9'"),
+        (("resnet8", "--no-fuse", "--convolution"), "leave --no-fuse or --convolution away"),
+        (("torchvision:vit_b_32", "--image-size", "32"), "torchvision:vit_b_32 does not take images of shape"),
+    ],
+)
+def test_explain_refuses(arguments, message):
+    result = CliRunner().invoke(cli.main, ["explain", *arguments])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
 
 
 def test_default_folders(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ NAMES = [
     "spelling",
     "nn.batchnorm",
     "conversion.swap",
+    "conversion.explanation",
     "conversion.fusion",
     "conversion.recalibration",
 ]
@@ -27,7 +28,7 @@ def test_the_readmes_examples_print_what_they_say(capsys):
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
     exec(compile(code, "README.md", "exec"), {})
     promised = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
-    assert len(promised) == 4
+    assert len(promised) == 5
     assert capsys.readouterr().out.splitlines() == promised
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from leannorm.activation import Activation
-    from leannorm.conversion import convert, freeze, fuse, recalibrate, revert, tune, unfreeze
+    from leannorm.conversion import convert, explain, freeze, fuse, recalibrate, revert, tune, unfreeze
     from leannorm.deploy.verify import verify
     from leannorm.graph import fold
     from leannorm.methods import (
@@ -62,6 +62,7 @@ _HOMES = {
     "VirtualDataset": "leannorm.statistics",
     "WeightedSum": "leannorm.statistics",
     "convert": "leannorm.conversion",
+    "explain": "leannorm.conversion",
     "fold": "leannorm.graph",
     "freeze": "leannorm.conversion",
     "fuse": "leannorm.conversion",
@@ -104,6 +105,7 @@ __all__ = [
     "VirtualDataset",
     "WeightedSum",
     "convert",
+    "explain",
     "fold",
     "freeze",
     "fuse",

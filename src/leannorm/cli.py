@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from leannorm.termination import unwound
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -112,7 +114,7 @@ def deploy(
     overwrite: Overwrite = False,
 ) -> None:
     """Fold CHECKPOINT's normalization away, export it to ONNX, verify the files and report."""
-    with _clean_errors():
+    with _clean_errors(), unwound():
         import rich
 
         from leannorm.deploy import deploy as ship
@@ -147,6 +149,35 @@ def report(
         records.write_text(out, html.page(deployments, traces=traces))
         rich.print(text.summary(deployments))
         typer.echo(f"page: {out}")
+
+
+@main.command()
+def explain(
+    model: Annotated[str, typer.Argument(help="As of `leannorm train`.")],
+    statistics: Annotated[str, typer.Option(help="Source of statistics or method, as of `leannorm train`.")] = "full",
+    fuse: Annotated[bool, typer.Option("--fuse/--no-fuse", help="Fuse batch norm, addition and activation.")] = True,
+    convolution: Annotated[bool, typer.Option("--convolution", help="Fuse the convolutions too.")] = False,
+    image_size: Annotated[int, typer.Option(help="Pixels of a side of the images.")] = 224,
+    batch_size: Annotated[int, typer.Option(help="Images in a batch.")] = 8,
+    channels: Annotated[int, typer.Option(help="Of the images.")] = 3,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+) -> None:
+    """Say which code computes each normalization layer of MODEL in training, and why no faster one."""
+    with _clean_errors():
+        from leannorm.train.explained import explain_spelled
+
+        typer.echo(
+            explain_spelled(
+                model,
+                statistics=statistics,
+                fuse=fuse,
+                convolution=convolution,
+                image_size=image_size,
+                batch_size=batch_size,
+                channels=channels,
+                device=device,
+            )
+        )
 
 
 bench = typer.Typer(help="Measure speed against torch, behind a correctness gate.", no_args_is_help=True)

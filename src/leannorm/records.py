@@ -45,6 +45,39 @@ class TransformReport:
 
 
 @dataclass(frozen=True)
+class LayerExplanation:
+    """Whose code computes a normalization layer.
+
+    ``statistics`` says where they come from, ``operator`` what one call computes, ``served_by`` whose code it is, and
+    ``reasons`` in sentences why no other, faster one.
+    """
+
+    module: str
+    layer: str
+    statistics: str
+    operator: str
+    served_by: str
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `leannorm.explain` found, a line for each layer and form of its calls; as text a table."""
+
+    layers: tuple[LayerExplanation, ...] = ()
+
+    def __str__(self) -> str:
+        notes = list(dict.fromkeys(reason for layer in self.layers for reason in layer.reasons))
+        table = [("module", "layer", "statistics", "computes", "by", "")]
+        for layer in self.layers:
+            marks = " ".join(f"[{notes.index(reason) + 1}]" for reason in layer.reasons)
+            table.append((layer.module, layer.layer, layer.statistics, layer.operator, layer.served_by, marks))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+        return "\n".join(lines + [f"[{i}] {note}" for i, note in enumerate(notes, 1)])
+
+
+@dataclass(frozen=True)
 class TunedCall:
     """What a convolution with its batch norm takes, forward and backward: one after the other, and folded."""
 

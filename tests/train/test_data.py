@@ -243,3 +243,66 @@ def test_constant_images_are_refused(tmp_path):
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         open_data("digits", **{"batch_size": 4, "seed": 0, **arguments})
+
+
+def test_what_is_hidden_is_no_class_and_no_image(tmp_path, class_folders):
+    seen = open_data(str(class_folders), batch_size=4, seed=0)
+    batches = epoch_of(seen, 0)
+    write_images(class_folders / ".ipynb_checkpoints", 3)
+    write_images(class_folders / "cat" / ".thumbnails", 2, size=(4, 4))
+    (class_folders / "cat" / "._0.png").write_bytes(b"a resource fork")
+    (class_folders / ".DS_Store").write_bytes(b"")
+    data = open_data(str(class_folders), batch_size=4, seed=0)
+    assert data.classes == ("cat", "dog")
+    assert data.training_images == seen.training_images == 12
+    assert same(epoch_of(data, 0), batches)
+    hidden_root = tmp_path / ".data"
+    class_folders.rename(hidden_root)
+    assert same(epoch_of(open_data(str(hidden_root), batch_size=4, seed=0), 0), batches)
+
+
+def test_a_hidden_folder_does_not_make_up_for_a_class(tmp_path):
+    write_images(tmp_path / "cat", 3)
+    write_images(tmp_path / ".cache", 3)
+    with pytest.raises(ValueError, match="holds 1 class folders"):
+        open_data(str(tmp_path), batch_size=4, seed=0)
+
+
+def split_folders(root, *, size=(16, 16)):
+    for part in ("train", "val"):
+        for name in ("cat", "dog"):
+            write_images(root / part / name, 4, size=size)
+    return root
+
+
+def test_validation_images_of_another_size_are_found_at_the_start(tmp_path):
+    root = split_folders(tmp_path)
+    Image.new("RGB", (20, 18)).save(root / "val" / "dog" / "3.png")
+    message = r"images differ in size: .*train/cat/0\.png is 16x16, .*val/dog/3\.png is 20x18: give --image-size"
+    with pytest.raises(ValueError, match=message):
+        open_data(str(root), batch_size=4, seed=0)
+    assert open_data(str(root), batch_size=4, seed=0, image_size=16).input_shape == (3, 16, 16)
+
+
+def test_data_for_a_trained_model_are_checked_at_the_start(tmp_path):
+    trained_on = open_data(str(split_folders(tmp_path / "one")), batch_size=4, seed=0)
+    others = split_folders(tmp_path / "other", size=(24, 16))
+    with pytest.raises(ValueError, match=r"is 24x16 pixels, expected 16x16 as in the training: resize it, or train"):
+        open_data(str(others), batch_size=4, seed=0, preprocessing=trained_on.preprocessing)
+
+
+def test_a_damaged_validation_image_is_found_at_the_start(tmp_path):
+    root = split_folders(tmp_path)
+    (root / "val" / "dog" / "2.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"val/dog/2\.png cannot be decoded"):
+        open_data(str(root), batch_size=4, seed=0)
+
+
+def test_of_many_images_the_first_of_each_class_is_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr("leannorm.train.image_folder.SIZES_READ", 2)
+    root = tmp_path
+    for name in ("a", "b", "c"):
+        write_images(root / name, 4)
+    Image.new("RGB", (20, 18)).save(root / "b" / "0.png")
+    with pytest.raises(ValueError, match="images differ in size"):
+        open_data(str(root), batch_size=4, seed=0)

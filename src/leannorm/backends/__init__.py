@@ -1,5 +1,22 @@
 """Implementations of the operators; importing this package registers them with PyTorch's dispatcher."""
 
+from __future__ import annotations
+
+from torch import Tensor
+
 from leannorm.backends import aten, conv_batch_norm, cpu, triton
 
-__all__ = ["aten", "conv_batch_norm", "cpu", "triton"]
+__all__ = ["aten", "conv_batch_norm", "cpu", "serving", "triton"]
+
+
+def serving(x: Tensor, operator: str = "batch_norm") -> tuple[str, str | None]:
+    """Say whose code computes an operator on x: its name, and why it is not a kernel of ours (None: it is one)."""
+    if x.device.type == "cuda":
+        name, reason = "Triton kernels", triton.why_not(x)
+    elif x.device.type != "cpu":
+        name, reason = "", f"there are kernels for the CPU and for NVIDIA GPUs, the input is on {x.device}"
+    elif operator != "batch_norm":
+        name, reason = "", f"the native kernels compute batch_norm alone, not {operator}"
+    else:
+        name, reason = "native CPU kernels", cpu.why_not(x)
+    return ("ATen", reason) if reason is not None else (name, None)

@@ -14,6 +14,7 @@ from leannorm.activation import Activation, as_activation
 from leannorm.methods import Method
 from leannorm.nn import folding
 from leannorm.nn.recompute import recomputing
+from leannorm.nn.tracing import Unscriptable, is_traced, record
 from leannorm.nn.virtual import VirtualMark
 from leannorm.statistics import FullBatch, Statistics
 
@@ -34,7 +35,7 @@ class _RefuseSyncConversion:
         raise AttributeError("qconfig")
 
 
-class SampledBatchNorm(_BatchNorm):
+class SampledBatchNorm(Unscriptable, _BatchNorm):
     r"""Batch normalization whose statistics come from some of the batch's elements.
 
     .. math:: y = act(\gamma (x - \mu) / \sqrt{\sigma^2 + eps} + \beta + residual)
@@ -42,7 +43,8 @@ class SampledBatchNorm(_BatchNorm):
     In training, mean and variance are those of the elements that ``statistics`` tells, and move the running statistics
     by ``momentum`` (None: their cumulative average); the running variance takes the unbiased estimate. In eval mode,
     and when frozen, the running statistics are used, by PyTorch's plain operators. In the recomputation of a
-    checkpointed forward (any forward inside a backward pass) the running statistics do not move.
+    checkpointed forward (any forward inside a backward pass) the running statistics do not move. `torch.fx` records the
+    layer's call, as of torch's own; `torch.jit.script` is refused.
 
     Args:
         num_features: C, the number of channels.
@@ -127,6 +129,8 @@ class SampledBatchNorm(_BatchNorm):
         ``activation`` is one for this call, of a layer that has none of its own. A ``folded`` convolution is
         computed in the same operator (`leannorm.nn.folding`), and ``input`` is what it takes.
         """
+        if is_traced(input):
+            return record(self, input, residual, activation, folded)
         self._check_input_dim(input)
         if activation is None:
             activation = self.activation

@@ -21,6 +21,7 @@ from leannorm.activation import Activation, activation_of
 from leannorm.nn import folding
 from leannorm.nn.batchnorm import SampledBatchNorm
 from leannorm.nn.folding import is_observed
+from leannorm.nn.tracing import is_traced
 from leannorm.ops.definition import activate
 
 Step = Tensor | Activation | nn.Module  # a tensor is added
@@ -182,7 +183,7 @@ class FusedSequential(Fused):
 
     def forward(self, input: Any, *, fused_steps: tuple[Step, ...] = ()) -> Any:
         """Apply the layers in their order, then the steps."""
-        if not self.training and not fused_steps:
+        if is_traced(input) or (not self.training and not fused_steps):
             return super().forward(input)
         layers = [layer for layer in self._modules.values() if layer is not None]
         value, at = input, 0

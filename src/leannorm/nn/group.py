@@ -10,12 +10,17 @@ from torch import Tensor, nn
 
 from leannorm.methods import GroupNormalization, InstanceNormalization, LayerNormalization, Method
 from leannorm.nn.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SampledBatchNorm
+from leannorm.nn.tracing import is_traced, record
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class InstanceNorm1d(nn.InstanceNorm1d):
     """`torch.nn.InstanceNorm1d` that does not take the (N, C) input of a BN layer for one (C, L) sample."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize each sample."""
+        return record(self, input) if is_traced(input) else super().forward(input)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim != 3:

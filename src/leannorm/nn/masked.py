@@ -12,6 +12,7 @@ from leannorm.methods import MaskedSequences
 from leannorm.nn.entry import Entry
 from leannorm.nn.folding import Fold
 from leannorm.nn.method import MomentsNorm
+from leannorm.nn.tracing import is_traced, record
 from leannorm.ops.contract import accumulation_dtype
 from leannorm.ops.definition import per_channel
 
@@ -82,6 +83,8 @@ class MaskedBatchNorm(MomentsNorm):
         lengths: Any = None,
     ) -> Tensor:
         """Normalize ``input``; ``lengths`` are for a layer that is called by itself."""
+        if is_traced(input):
+            return record(self, input, residual, activation, folded, lengths=lengths)
         if lengths is None:
             return super().forward(input, residual, activation, folded)
         mark, self.length_mark = self.length_mark, LengthMark(lengths, input.shape[-1])

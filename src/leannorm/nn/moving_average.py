@@ -12,6 +12,7 @@ from leannorm import functional
 from leannorm.activation import Activation
 from leannorm.methods import Method, MovingAverageNormalization
 from leannorm.nn.method import MethodNorm, count
+from leannorm.nn.tracing import Unscriptable, is_traced, record
 from leannorm.ops.contract import accumulation_dtype
 from leannorm.ops.definition import per_channel, reduced_dimensions
 
@@ -106,7 +107,10 @@ def centered(weight: Tensor) -> Tensor:
     return weight - weight.mean(list(range(1, weight.ndim)), keepdim=True)
 
 
-class _Centered(nn.modules.conv._ConvNd):
+class _Centered(Unscriptable, nn.modules.conv._ConvNd):
+    def forward(self, input: Tensor) -> Tensor:
+        return record(self, input) if is_traced(input) else self._conv_forward(input, self.weight, self.bias)
+
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return super()._conv_forward(input, centered(weight), bias)
 

@@ -59,17 +59,21 @@ def load(path: str | Path) -> tuple[nn.Module, TrainingRun]:
     configuration = Configuration.from_plain(checkpoint["hyper_parameters"])
     with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away: leave no trace of their drawing
         model = build(configuration)
-    weights = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()}
-    expected = model.state_dict()
+    reason = why_not_loaded(checkpoint, model)
+    if reason is not None:
+        raise ValueError(f"{path} is a checkpoint of another architecture than {configuration.model}: {reason}")
+    model.load_state_dict(_weights(checkpoint))
+    return model.eval(), records.from_json(TrainingRun, checkpoint["training_run"])
+
+
+def why_not_loaded(checkpoint: dict[str, Any], model: nn.Module) -> str | None:
+    """Name what of a checkpoint's weights is missing, unknown or of another shape in a model; None if nothing is."""
+    weights, expected = _weights(checkpoint), model.state_dict()
     missing, unknown = [n for n in expected if n not in weights], [n for n in weights if n not in expected]
     shapes = [n for n in expected if n in weights and expected[n].shape != weights[n].shape]
-    if missing or unknown or shapes:
-        raise ValueError(
-            f"{path} is a checkpoint of another architecture than {configuration.model}: "
-            f"missing {_first(missing)}; unknown {_first(unknown)}; of another shape {_first(shapes)}"
-        )
-    model.load_state_dict(weights)
-    return model.eval(), records.from_json(TrainingRun, checkpoint["training_run"])
+    if not (missing or unknown or shapes):
+        return None
+    return f"missing {_first(missing)}; unknown {_first(unknown)}; of another shape {_first(shapes)}"
 
 
 def open_data_of(path: str | Path, data: str | None = None, *, batch_size: int, workers: int = 0) -> ImageData:
@@ -147,6 +151,10 @@ def read(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not expected <= checkpoint.keys():
         raise ValueError(f"{path} is not a checkpoint of `leannorm train`: expected the entries {sorted(expected)}")
     return checkpoint
+
+
+def _weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()}
 
 
 def _first(names: list[str] | tuple[str, ...]) -> str:

@@ -111,7 +111,7 @@ def open_data(
         folder, shape, resize = _digits(), (1, 8, 8), False
         augmentation = Augmentation(padding=1, flip=False)
     elif Path(spec).is_dir():
-        folder, reader = open_folder(Path(spec), _reader(image_size, preprocessing))
+        folder, reader = open_folder(Path(spec), _reader(spec, image_size, preprocessing))
         shape, resize = (3, *reader.size), reader.resize
         augmentation = Augmentation(padding=shape[1] // 8, flip=True)
     else:
@@ -123,9 +123,11 @@ def open_data(
     return ImageData(folder, augmentation, preprocessing, batch_size=batch_size, seed=seed, workers=workers)
 
 
-def _reader(image_size: int | None, preprocessing: Preprocessing | None) -> ImageReader | None:
+def _reader(spec: str, image_size: int | None, preprocessing: Preprocessing | None) -> ImageReader | None:
     if preprocessing is not None:
-        _, height, width = preprocessing.input_shape
+        channels, height, width = preprocessing.input_shape
+        if channels != 3:
+            raise ValueError(f"{spec} has images of shape {(3, height, width)}, expected {preprocessing.input_shape}")
         return ImageReader((height, width), preprocessing.resize)
     return None if image_size is None else ImageReader((image_size, image_size), resize=True)
 

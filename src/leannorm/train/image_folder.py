@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,16 +12,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Subset
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 from torchvision.transforms.v2 import functional as transforms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from leannorm.train.pipeline import Images
 
 VALIDATION_SHARE = 0.2
-SIZES_READ = 256
+SIZES_READ = 4096
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,9 @@ class Folder:
 def open_folder(root: Path, reader: ImageReader | None = None) -> tuple[Folder, ImageReader]:
     """List a folder that holds `train/CLASS/` and `val/CLASS/`, or class folders directly.
 
-    Class folders without a split get one: a fifth of each class is held out, the same images always.
+    Class folders without a split get one: a fifth of each class is held out, the same images always. Folders and files
+    whose names begin with a dot are left out. Where images are not resized, the sizes of both parts are checked by the
+    files' headers: of all up to 4,096 a part, else of so many evenly spaced ones and the first of each class.
 
     Args:
         root: the folder.
@@ -83,7 +86,7 @@ def open_folder(root: Path, reader: ImageReader | None = None) -> tuple[Folder, 
 
     Raises:
         ValueError: if there are no class folders, a class is empty, the parts have different classes, an image cannot
-            be decoded, or images differ in size.
+            be decoded, or images differ in size, or from the size that the reader expects.
     """
     parts = [part for part in ("train", "val") if _subfolders(root / part)]
     if len(parts) == 1:
@@ -91,27 +94,42 @@ def open_folder(root: Path, reader: ImageReader | None = None) -> tuple[Folder, 
         raise ValueError(f"{root} has {parts[0]}/ but no class folders in {other}/: expected both, or classes directly")
     if not parts:
         images = _list(root)
-        reader = reader or _reader_of_own_size(images)
-        images.loader = reader
+        images.loader = reader = _checked(reader, images)
         return _split(root, images), reader
     training, validation = (_list(root / part) for part in parts)
     if training.classes != validation.classes:
         lone = sorted(set(training.classes) ^ set(validation.classes))
         raise ValueError(f"{root}: train/ and val/ must hold the same classes, but only one of them has {lone}")
-    reader = reader or _reader_of_own_size(training)
-    training.loader = validation.loader = reader
+    training.loader = validation.loader = reader = _checked(reader, training, validation)
     return Folder(tuple(training.classes), training, validation), reader
 
 
 def _subfolders(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+class _VisibleImages(ImageFolder):
+    """Class folders and images, without what is hidden: `.ipynb_checkpoints`, `.DS_Store`, `._1.png`."""
+
+    def __init__(self, folder: Path) -> None:
+        def is_visible_image(path: str) -> bool:
+            hidden = any(part.startswith(".") for part in Path(path).relative_to(folder).parts)
+            return not hidden and has_file_allowed_extension(path, IMG_EXTENSIONS)
+
+        super().__init__(str(folder), is_valid_file=is_visible_image, allow_empty=True)
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        names = _subfolders(Path(directory))
+        return names, {name: label for label, name in enumerate(names)}
 
 
 def _list(folder: Path) -> ImageFolder:
     names = _subfolders(folder)
     if len(names) < 2:
         raise ValueError(f"{folder} holds {len(names)} class folders, expected one folder of images for each class")
-    images = ImageFolder(str(folder), allow_empty=True)
+    images = _VisibleImages(folder)
     empty = sorted(set(names) - {images.classes[label] for label in set(images.targets)})
     if empty:
         raise ValueError(f"no images in {', '.join(str(folder / name) for name in empty)}: fill or remove the folder")
@@ -137,22 +155,36 @@ def stratified_split(labels: Sequence[int]) -> tuple[list[int], list[int]]:
     return sorted(set(range(len(labels))) - set(held_out)), sorted(held_out)
 
 
-def _reader_of_own_size(images: ImageFolder) -> ImageReader:
-    """Make a reader for the size that the images share, as far as some of them tell."""
-    first: tuple[str, tuple[int, int]] | None = None
-    for index in np.linspace(0, len(images) - 1, min(SIZES_READ, len(images))).round().astype(int):
-        path = images.samples[index][0]
-        try:
-            with Image.open(path) as file:
-                size = file.size
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"{path} cannot be decoded ({error}): replace or remove it") from error
-        first = first or (path, size)
-        if size != first[1]:
-            raise ValueError(
-                f"images differ in size: {first[0]} is {first[1][0]}x{first[1][1]}, {path} is {size[0]}x{size[1]}: "
-                "give --image-size to resize all of them"
-            )
-    assert first is not None
-    width, height = first[1]
-    return ImageReader((height, width), resize=False)
+def _checked(reader: ImageReader | None, *parts: ImageFolder) -> ImageReader:
+    """Check the sizes of images that are not to be resized; give the reader, or one for the size that they share."""
+    if reader is not None and reader.resize:
+        return reader
+    first, size = "", None if reader is None else reader.size
+    for images in parts:
+        spaced = np.linspace(0, len(images) - 1, min(SIZES_READ, len(images))).round().astype(int)
+        for index in np.union1d(spaced, np.unique(images.targets, return_index=True)[1]):
+            path = images.samples[index][0]
+            height, width = own = _size(path)
+            if size is None:
+                first, size = path, own
+            elif own != size and first:
+                raise ValueError(
+                    f"images differ in size: {first} is {size[1]}x{size[0]}, {path} is {width}x{height}: "
+                    "give --image-size to resize all of them"
+                )
+            elif own != size:
+                raise ValueError(
+                    f"{path} is {width}x{height} pixels, expected {size[1]}x{size[0]} as in the training: resize it, "
+                    "or train with --image-size"
+                )
+    assert size is not None
+    return reader or ImageReader(size, resize=False)
+
+
+def _size(path: str) -> tuple[int, int]:
+    """Read height and width from a file's header."""
+    try:
+        with Image.open(path) as file:
+            return file.height, file.width
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path} cannot be decoded ({error}): replace or remove it") from error

@@ -82,8 +82,8 @@ def train(
         The record of the whole run.
 
     Raises:
-        ValueError: if an argument is not what it should be, a run is resumed with other arguments, or training
-            diverged to a loss that is not finite.
+        ValueError: if an argument is not what it should be, a run is resumed with other arguments or a model of other
+            weights, or training diverged to a loss that is not finite.
         FileExistsError: if ``out`` holds a run and neither ``resume`` nor ``overwrite`` is given.
         FileNotFoundError: if there is no run to resume.
         KeyboardInterrupt: on SIGINT, after `interrupted.ckpt` is written.
@@ -118,7 +118,7 @@ def train(
     L.seed_everything(seed, verbose=False)
     network = checkpoint.build(configuration)
     _check_logits(network, configuration)
-    step = _check_same_run(out / LAST, configuration) if resume else None
+    step = _check_same_run(out / LAST, configuration, network) if resume else None
     run = TrainingRun(
         model=model,
         data=data,
@@ -203,7 +203,7 @@ def _check_folder(out: Path, *, resume: bool, overwrite: bool) -> None:
         raise FileNotFoundError(f"{out} holds no run to resume (no {LAST}): start it without --resume")
 
 
-def _check_same_run(last: Path, configuration: Configuration) -> int:
+def _check_same_run(last: Path, configuration: Configuration, network: nn.Module) -> int:
     """Return the step that the saved run has come to, if it is this one."""
     saved = checkpoint.read(last)
     difference = Configuration.from_plain(saved["hyper_parameters"]).difference(configuration)
@@ -211,6 +211,12 @@ def _check_same_run(last: Path, configuration: Configuration) -> int:
         raise ValueError(
             f"{last.parent} holds a run of other arguments: it has {difference}. Resume with the same arguments, or "
             "choose another folder"
+        )
+    reason = checkpoint.why_not_loaded(saved, network)
+    if reason is not None:
+        raise ValueError(
+            f"{last} holds other weights than {configuration.model} has now: {reason}. Resume with the model as it "
+            "was, or train this one in another folder"
         )
     return saved["global_step"]
 

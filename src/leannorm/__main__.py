@@ -1,0 +1,5 @@
+"""`python -m leannorm` is the `leannorm` command."""
+
+from leannorm.cli import main
+
+main()
