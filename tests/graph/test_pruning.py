@@ -64,7 +64,9 @@ def test_architectures_lose_channels_and_keep_their_outputs(name, dtype, randomi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["densenet121", "resnext50_32x4d", "mobilenet_v3_small", "efficientnet_b0", "googlenet"])
+@pytest.mark.parametrize(
+    "name", ["densenet121", "resnext50_32x4d", "mobilenet_v3_small", "efficientnet_b0", "googlenet"]
+)
 @pytest.mark.filterwarnings("ignore:The default weight initialization")
 def test_more_architectures_keep_their_outputs(name, randomized):
     model = silence(randomized(build(name)).double(), 0.3)

@@ -63,9 +63,10 @@ def pointwise(node: Node, followed: Mapping[Node, Channels]) -> Meeting | str | 
     if len(dims) > 1:
         return f"{called(node)} lays them over channels in another dimension"
     (dim,) = dims
-    for source in node.all_input_nodes:
-        size = _size(source, dim - value.ndim)
-        if size != (value.shape[dim] if source in followed else 1):
+    sizes = {source: _size(source, dim - value.ndim) for source in node.all_input_nodes}
+    followed = {source: channels for source, channels in followed.items() if sizes[source] == value.shape[dim]}
+    for source, size in sizes.items():
+        if source not in followed and size != 1:
             return f"{called(node)} joins them with {called(source)}, whose channels cannot be removed"
     first, *others = followed.values()
     constants = _computed(node, followed)

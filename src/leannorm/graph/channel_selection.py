@@ -58,9 +58,9 @@ class Selection:
             roots = self.groups.roots[layer.outputs.members]
             wanted = torch.ones_like(roots, dtype=torch.bool) if whole else ~layer.outputs.constants.isnan()
             stay = [root for root in roots[wanted].tolist() if root in self.obstacles and root not in self.kinds]
-            what = "channels stay" if whole else "constant channels stay"
+            what = "kept" if whole else "kept, though constant"
             for reason, count in collections.Counter(self.obstacles[root] for root in stay).items():
-                refusals.append(Refusal(layer.layer, f"{count} {what} of {len(roots)}: {reason}"))
+                refusals.append(Refusal(layer.layer, f"{count} of {len(roots)} channels {what}: {reason}"))
         return tuple(refusals)
 
 

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 MAX_ERROR = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
+class DifferentError(RuntimeError):
+    """A rewritten model does not compute what its original does."""
+
+
 def require_equal(
     original: nn.Module,
     rewritten: nn.Module,
@@ -31,20 +35,20 @@ def require_equal(
         The largest error of an output.
 
     Raises:
-        RuntimeError: if an output's error is above the bound, or its shape, its count or its NaN and inf
+        DifferentError: if an output's error is above the bound, or its shape, its count or its NaN and inf
             differ.
     """
     expected, got = (_outputs(model, inputs, kwargs) for model in (original, rewritten))
     shapes = [[tuple(tensor.shape) for tensor in outputs] for outputs in (expected, got)]
     if shapes[0] != shapes[1]:
-        raise RuntimeError(f"the rewritten model returns shapes {shapes[1]}, the original {shapes[0]}")
+        raise DifferentError(f"the rewritten model returns shapes {shapes[1]}, the original {shapes[0]}")
     dtypes = {tensor.dtype for tensor in (*expected, *rewritten.parameters(), *rewritten.buffers())}
     bound = max((max_error[dtype] for dtype in dtypes if dtype in max_error), default=0.0)
     errors = [_relative_error(a.double(), b.double()) for a, b in zip(expected, got, strict=True)]
     worst = max(range(len(errors)), key=errors.__getitem__, default=None)
     if worst is not None and errors[worst] > bound:
         largest = (got[worst].double() - expected[worst].double()).abs().max().item()
-        raise RuntimeError(
+        raise DifferentError(
             f"the rewritten model differs from the original: output {worst} by a relative error of "
             f"{errors[worst]:.3g} (allowed: {bound:g}), at most {largest:.3g} in one place; keep the original"
         )

@@ -105,6 +105,16 @@ def _pruned(
     selected = select(original, capture, ratio=ratio, min_channels=min_channels, trusted=trusted)
     pruned = copy.deepcopy(model).eval()
     layers = remove(pruned, selected.groups, selected.gone)
+    try:
+        error = compare.require_equal(original, pruned, inputs, {}, EXACT if selected.is_exact else LOSSY)
+    except compare.DifferentError:
+        raise
+    except Exception as raised:  # whatever the model raises
+        reason = str(raised).strip().partition("\n")[0]
+        raise RuntimeError(
+            f"the pruned model does not run ({type(raised).__name__}: {reason}): its code counts channels in a way that "
+            "does not show in its graph; keep the original"
+        ) from raised
     norms = selected.groups.norms
     return pruned, PruningReport(
         changes=selected.changes(),
@@ -114,7 +124,7 @@ def _pruned(
         channels_after=sum(int((~selected.gone[layer.outputs.members]).sum()) for layer in norms),
         parameters_before=sum(parameter.numel() for parameter in original.parameters()),
         parameters_after=sum(parameter.numel() for parameter in pruned.parameters()),
-        relative_error=compare.require_equal(original, pruned, inputs, {}, EXACT if selected.is_exact else LOSSY),
+        relative_error=error,
     )
 
 
