@@ -146,6 +146,7 @@ class TrainingRun:
     input_shape: tuple[int, ...]
     history: tuple[Epoch, ...]
     environment: Environment
+    gamma_l1: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -276,6 +277,7 @@ class Deployment:
     reference_latency_ms: float
     files: tuple[ShippedFile, ...]
     passed: bool
+    pruning: PruningReport | None = None
 
 
 def to_json(record: Any) -> str:

@@ -14,7 +14,7 @@ from leannorm.records import Refusal
 
 
 class Around(nn.Module):
-    """A convolution, batch normalization and ReLU, what a case does with the result, and a convolution that reads it."""
+    """A convolution, batch normalization and ReLU, what a case does with the result, and what reads that."""
 
     def __init__(self, between, head=None, **layers):
         super().__init__()

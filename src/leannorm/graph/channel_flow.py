@@ -134,7 +134,8 @@ def _is_written_out(node: Node, dim: int) -> bool:
     """Whether a reshape names the size of a dimension of its result, rather than to compute it (-1)."""
     name, bound = aten_name(node), arguments(node)
     if name in ("view", "reshape", "_unsafe_view"):
-        return node.args[1][dim] != -1  # pyright: ignore[reportIndexIssue, reportOptionalSubscript, reportArgumentType]
+        sizes: Any = node.args[1]
+        return sizes[dim] != -1
     if name == "unflatten":
         begin, sizes = bound["dim"] % _rank(bound["self"]), bound["sizes"]
         return begin <= dim < begin + len(sizes) and sizes[dim - begin] != -1

@@ -112,8 +112,8 @@ def _pruned(
     except Exception as raised:  # whatever the model raises
         reason = str(raised).strip().partition("\n")[0]
         raise RuntimeError(
-            f"the pruned model does not run ({type(raised).__name__}: {reason}): its code counts channels in a way that "
-            "does not show in its graph; keep the original"
+            f"the pruned model does not run ({type(raised).__name__}: {reason}): its code counts channels in a way "
+            "that does not show in its graph; keep the original"
         ) from raised
     norms = selected.groups.norms
     return pruned, PruningReport(
