@@ -200,6 +200,23 @@ def test_what_is_zero_before_a_depthwise_convolution_is_constant_behind_it(rando
     assert error(model, pruned, x) < 1e-5
 
 
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_whole_groups_leave_a_grouped_convolution(kind, stride, randomized):
+    torch.manual_seed(0)
+    grouped, norm = kind(8, 12, 3, stride=stride, padding=1, groups=4), nn.BatchNorm2d(12)
+    model = randomized(nn.Sequential(nn.Conv2d(3, 8, 1), grouped, norm, nn.ReLU(), kind(12, 4, 3)))
+    with torch.no_grad():
+        norm.weight[3:6], norm.bias[3:6] = 0.0, -1.0
+        norm.weight[9:11], norm.bias[9:11] = 0.0, -1.0
+    pruned, report = prune(model, torch.randn(2, 3, 8, 8))
+    assert (grouped.groups, pruned[1].groups) == (4, 3)
+    assert (pruned[0].out_channels, pruned[1].in_channels, pruned[1].out_channels) == (6, 6, 9)
+    assert (pruned[2].num_features, pruned[4].in_channels) == (9, 9)
+    assert report.refusals[0].reason.startswith("2 of 12 channels kept, though constant: ")
+    assert error(model, pruned, torch.randn(2, 3, 9, 9)) < 1e-5
+
+
 class Block(nn.Module):
     """Two convolutions whose results are joined."""
 

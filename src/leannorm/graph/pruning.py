@@ -36,9 +36,9 @@ def prune(
 
     With :math:`\gamma = 0` a channel is :math:`act(\beta)` whatever its input: 0 behind a ReLU if :math:`\beta \leq 0`.
     Such channels leave the layer that makes them, batch normalization and all that handles channels one by one, and the
-    layers that read them, whose biases take up a constant other than 0. Outputs stay as they are; where they would not,
-    the channels are kept: at paddings with zeros, where a residual addition joins them with channels that are not
-    constant, where code mixes, selects or counts channels.
+    layers that read them, whose biases (added where there is none) take up a constant other than 0. Outputs stay as
+    they are; where they would not, the channels are kept: at paddings with zeros, where a residual addition joins them
+    with channels that are not constant, where code mixes, selects or counts channels.
 
     With a ``ratio`` (network slimming) those channels follow whose :math:`|\gamma|` is smallest over the whole network,
     as if their gamma were 0. Channels that can only go together, as along residual connections, go by their largest
