@@ -150,6 +150,7 @@ FREE = {
     "one_gate": (lambda m, x: x * torch.sigmoid(m.other(x)), {"other": nn.Conv2d(8, 1, 3, padding=1)}),
     "computed_sizes": (lambda m, x: x.view(x.shape[0], x.shape[1], -1).view(x.shape), {}),
     "rows": (lambda m, x: x.transpose(1, 3).transpose(1, 3)[:, :, 1:], {}),
+    "dtype": (lambda m, x: x.to(torch.float32), {}),
     "rewritten": (lambda m, x: x.mul_(2).add_(x), {}),
 }
 

@@ -156,7 +156,7 @@ class ChannelGroups:
     def _flow(self, node: Node) -> None:
         sources = {source: self._read(source, node) for source in node.all_input_nodes}
         followed = {source: channels for source, channels in sources.items() if channels is not None}
-        if not followed:
+        if not followed or aten_name(node) == "_assert_tensor_metadata":  # of a dtype, which stays
             return
         if node.op == "output":
             found: Channels | Meeting | str = "they are an output of the model"
@@ -173,9 +173,7 @@ class ChannelGroups:
         if isinstance(found, Meeting):
             for one, other in found.ties:
                 self._tie(one, other)
-            self.notes |= dict.fromkeys(
-                found.lost.tolist(), f"{called(node)} joins them with others that are not constant"
-            )
+            self._note(found.lost, f"{called(node)} joins them with others that are not constant")
             found = found.result
         self.values[node] = found
 
