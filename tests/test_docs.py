@@ -20,6 +20,8 @@ NAMES = [
     "conversion.explanation",
     "conversion.fusion",
     "conversion.recalibration",
+    "graph.pruning",
+    "graph.zeros",
 ]
 
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from leannorm.activation import Activation
     from leannorm.conversion import convert, explain, freeze, fuse, recalibrate, revert, tune, unfreeze
     from leannorm.deploy.verify import verify
-    from leannorm.graph import fold
+    from leannorm.graph import fold, prune, sparsity
     from leannorm.methods import (
         AccumulatedBatch,
         AdaptiveMomentum,
@@ -68,8 +68,10 @@ _HOMES = {
     "fuse": "leannorm.conversion",
     "parse_statistics": "leannorm.spelling",
     "parse_target": "leannorm.spelling",
+    "prune": "leannorm.graph",
     "recalibrate": "leannorm.conversion",
     "revert": "leannorm.conversion",
+    "sparsity": "leannorm.graph",
     "tune": "leannorm.conversion",
     "unfreeze": "leannorm.conversion",
     "verify": "leannorm.deploy.verify",
@@ -111,8 +113,10 @@ __all__ = [
     "fuse",
     "parse_statistics",
     "parse_target",
+    "prune",
     "recalibrate",
     "revert",
+    "sparsity",
     "tune",
     "unfreeze",
     "verify",

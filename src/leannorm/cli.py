@@ -62,6 +62,7 @@ def train(
     ] = "one-cycle",
     accumulate: Annotated[int, typer.Option(help="Batches whose gradients make one step.")] = 1,
     weight_decay: Annotated[float, typer.Option(help="Of all but biases and normalization.")] = 5e-4,
+    gamma_l1: Annotated[float, typer.Option(help="L1 penalty on gamma, for channels to be pruned by: 1e-4.")] = 0.0,
     image_size: Annotated[int | None, typer.Option(help="Resize images to this many pixels.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that decode images.")] = 0,
     accelerator: Annotated[str, typer.Option(help="cpu, gpu, auto, ...")] = "auto",
@@ -89,6 +90,7 @@ def train(
             weight_decay=weight_decay,
             schedule=schedule,
             accumulate=accumulate,
+            gamma_l1=gamma_l1,
             image_size=image_size,
             workers=workers,
             accelerator=accelerator,
@@ -111,6 +113,9 @@ def deploy(
     data: Annotated[
         str | None, typer.Option(help="Images to recalibrate and verify on; those of the training if left out.")
     ] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Remove channels that batch normalization makes constant; exact.")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Fold CHECKPOINT's normalization away, export it to ONNX, verify the files and report."""
@@ -121,7 +126,7 @@ def deploy(
         from leannorm.report import text
 
         out = out or checkpoint.parent / "deployed"
-        deployment = ship(checkpoint, data=data, out=out, overwrite=overwrite)
+        deployment = ship(checkpoint, data=data, out=out, overwrite=overwrite, prune=prune)
         rich.print(text.summary([deployment]))
         typer.echo(f"files and report: {out}")
     raise typer.Exit(0 if deployment.passed else 1)

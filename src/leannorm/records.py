@@ -78,6 +78,64 @@ class Explanation:
 
 
 @dataclass(frozen=True)
+class PrunedLayer:
+    """Channels (features of a linear layer) that a layer read and made before and after pruning."""
+
+    layer: str
+    inputs_before: int
+    inputs_after: int
+    outputs_before: int
+    outputs_after: int
+
+
+@dataclass(frozen=True)
+class PruningReport:
+    """What pruning removed, kept and cost.
+
+    ``channels`` are those of all batch normalizations; ``relative_error`` is that of the outputs on the example
+    inputs, ``||pruned - original|| / ||original||``; accuracies are shares in [0, 1], None without data.
+    """
+
+    changes: tuple[Change, ...]
+    refusals: tuple[Refusal, ...]
+    layers: tuple[PrunedLayer, ...]
+    channels_before: int
+    channels_after: int
+    parameters_before: int
+    parameters_after: int
+    relative_error: float
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerSparsity:
+    """How much of what an activation behind batch normalization gives is zero.
+
+    ``zeros`` is the share of its elements on the data, ``silent`` counts channels without any other element there. By
+    the layer's own parameters ``always_zero`` channels are zero on any data, ``constant`` ones some other number, and
+    ``nearly_zero`` ones have beta + k |gamma| <= 0 (None where something is added before the activation).
+    """
+
+    layer: str
+    activation: str
+    channels: int
+    zeros: float
+    silent: int
+    always_zero: int
+    constant: int
+    nearly_zero: int | None
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """`LayerSparsity` of all layers, in the order of the graph, over so many samples."""
+
+    samples: int
+    layers: tuple[LayerSparsity, ...]
+
+
+@dataclass(frozen=True)
 class TunedCall:
     """What a convolution with its batch norm takes, forward and backward: one after the other, and folded."""
 
@@ -120,6 +178,7 @@ class TrainingRun:
     input_shape: tuple[int, ...]
     history: tuple[Epoch, ...]
     environment: Environment
+    gamma_l1: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -250,6 +309,7 @@ class Deployment:
     reference_latency_ms: float
     files: tuple[ShippedFile, ...]
     passed: bool
+    pruning: PruningReport | None = None
 
 
 def to_json(record: Any) -> str:

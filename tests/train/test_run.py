@@ -268,6 +268,7 @@ def test_a_finished_run_resumes_to_itself(trained):
         ({"epochs": 3}, "epochs 2, got 3"),
         ({"statistics": "full", "seed": 4}, "statistics grid:1/4, got full; seed 3, got 4"),
         ({"model": "resnet20"}, "model resnet8, got resnet20"),
+        ({"gamma_l1": 1e-4}, "gamma_l1 0.0, got 0.0001"),
     ],
 )
 def test_resume_with_other_arguments_names_them(trained, change, difference):
@@ -289,6 +290,8 @@ def test_resume_of_nothing(tmp_path):
         ({"learning_rate": 0.0}, "learning rate must be positive and finite, got 0.0"),
         ({"learning_rate": float("nan")}, "learning rate must be positive and finite, got nan"),
         ({"weight_decay": -1.0}, "weight decay must be at least 0 and finite, got -1.0"),
+        ({"gamma_l1": -1.0}, "L1 penalty on gamma must be at least 0 and finite, got -1.0"),
+        ({"gamma_l1": 1e-3, "statistics": "gn:4"}, "has no gamma of batch normalization to penalize"),
         ({"batch_size": 0}, "batch size must be at least 1, got 0"),
         ({"statistics": "half"}, "half"),
         ({"data": "nowhere"}, "unknown data 'nowhere'"),

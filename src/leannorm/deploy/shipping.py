@@ -26,7 +26,15 @@ from leannorm.deploy.verify import verify
 from leannorm.graph import fold
 from leannorm.graph.export import export
 from leannorm.quantize.static import quantize_int8
-from leannorm.records import Deployment, Recalibration, ShippedFile, TrainingRun, TransformReport, Verification
+from leannorm.records import (
+    Deployment,
+    PruningReport,
+    Recalibration,
+    ShippedFile,
+    TrainingRun,
+    TransformReport,
+    Verification,
+)
 from leannorm.train import checkpoint as checkpoints
 from leannorm.train.data import ImageData
 from leannorm.train.environment import environment
@@ -48,6 +56,7 @@ def deploy(
     data: str | None = None,
     out: str | Path,
     overwrite: bool = False,
+    prune: bool = False,
     max_error: float = 0.01,
     batch_size: int = 64,
     workers: int = 0,
@@ -69,6 +78,8 @@ def deploy(
         data: spelling of the data; None means those of the training.
         out: folder of the files, made where it is missing.
         overwrite: replace the deployment that ``out`` holds.
+        prune: remove channels that batch normalization makes constant (`leannorm.prune`) before folding; the files are
+            compared with the model as it was before.
         max_error: the largest relative error of the fp32 file that passes.
         batch_size: images in a batch, for all but the latencies (batch 1).
         workers: processes that decode images.
@@ -90,7 +101,8 @@ def deploy(
     images = checkpoints.open_data_of(checkpoint, data, batch_size=batch_size, workers=workers)
     model, recalibration = _recalibrated(trained, images)
     example = next(iter(images.val_dataloader()))[0][:1]
-    program, folded = _fold(model, example)
+    smaller, pruning = _pruned(model, example) if prune else (model, None)
+    program, folded = _fold(smaller, example)
     metadata = _metadata(Path(checkpoint), training, images, recalibration)
     with _staged(out) as folder:
         export_onnx(program, folder / FP32, inputs=["images"], outputs=["logits"], metadata=metadata)
@@ -106,6 +118,7 @@ def deploy(
             reference_latency_ms=latency_ms(model, (example,)),
             files=(fp32, int8),
             passed=not (fp32.failures or int8.failures),
+            pruning=pruning,
         )
         records.write(folder / REPORT, deployment)
         records.write_text(folder / PAGE, page([deployment]))
@@ -150,6 +163,13 @@ def _recalibrated(trained: nn.Module, images: ImageData) -> tuple[nn.Module, Rec
     assert after is not None
     kept = "recalibrated" if after > before else "trained"
     return candidate if after > before else trained, Recalibration(kept, before, after, batches)
+
+
+def _pruned(model: nn.Module, example: Tensor) -> tuple[nn.Module, PruningReport]:
+    try:
+        return leannorm.prune(model, example)
+    except RuntimeError as error:
+        raise ValueError(f"the model cannot be pruned, ship it without: {error}") from error
 
 
 def _fold(model: nn.Module, example: Tensor) -> tuple[ExportedProgram, TransformReport]:

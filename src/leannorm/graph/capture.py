@@ -129,7 +129,7 @@ class Capture:
         if node is None or node.op != "placeholder":
             return None
         spec = self._input_specs[node.name]
-        if spec.kind not in _HELD or spec.target in self._written or any(_writes(user, node) for user in node.users):
+        if spec.kind not in _HELD or spec.target in self._written or any(writes_to(user, node) for user in node.users):
             return None
         return self._values[str(spec.target)]
 
@@ -190,11 +190,11 @@ class Capture:
         shared, found = [node], {node}
         while shared:
             one = shared.pop()
-            sources = [one.args[0]] if _may_alias(one) and one.args else []
-            near = [n for n in (*sources, *filter(_may_alias, one.users)) if isinstance(n, Node)]
+            sources = [one.args[0]] if may_alias(one) and one.args else []
+            near = [n for n in (*sources, *filter(may_alias, one.users)) if isinstance(n, Node)]
             shared += [n for n in near if n not in found]
             found.update(near)
-        writers = {user for one in found for user in one.users if _writes(user, one)}
+        writers = {user for one in found for user in one.users if writes_to(user, one)}
         return next((writer for writer in writers if since < writer), None)
 
     def program(self) -> ExportedProgram:
@@ -239,7 +239,7 @@ def _call_entry(entry: ModuleCallEntry, names: set[str]) -> ModuleCallEntry:
     return entry if kept else dataclasses.replace(entry, signature=None)
 
 
-def _writes(user: Node, node: Node) -> bool:
+def writes_to(user: Node, node: Node) -> bool:
     """Whether a call changes the tensor of ``node`` in place."""
     bound = arguments(user)
     if bound.get("training") is True:  # running statistics are written without a mark in the operator's schema
@@ -250,7 +250,7 @@ def _writes(user: Node, node: Node) -> bool:
     return any(bound.get(name) is node for name in written)
 
 
-def _may_alias(node: Node) -> bool:
+def may_alias(node: Node) -> bool:
     """Whether a call may return its first argument, or a view of it."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return False

@@ -86,7 +86,10 @@ def verdict(deployments: Sequence[Deployment]) -> Verdict:
     named = list(zip(names(deployments), deployments, strict=True))
     return Verdict(
         headline=f"{failed} of {total} failed" if failed else f"{total} passed",
-        sentences=_sentences([file for deployment in deployments for file in deployment.files]),
+        sentences=(
+            *_sentences([file for deployment in deployments for file in deployment.files]),
+            *(f"Pruning of {name} removed {_removed(d)}." for name, d in named if d.pruning is not None),
+        ),
         failures=tuple(f"{name}: {reason}" for name, d in named for reason in _reasons(d)),
     )
 
@@ -121,6 +124,13 @@ def _facts(file: ShippedFile, deployment: Deployment) -> dict[str, str]:
         "Accuracy of the file": share(check.candidate_accuracy),
         "Images compared": f"{check.samples:,}",
     }
+
+
+def _removed(deployment: Deployment) -> str:
+    pruning = deployment.pruning
+    assert pruning is not None
+    removed = counted(pruning.channels_before - pruning.channels_after, "channel", "channels")
+    return f"{removed} of {pruning.channels_before:,}"
 
 
 def _sentences(files: Sequence[ShippedFile]) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ class Configuration:
         preprocessing: of the images.
         schedule: "one-cycle", or "drops:50,80", a tenth of the rate from these epochs on.
         accumulate: batches whose gradients are added up for one step of the optimiser.
+        gamma_l1: weight of the penalty on the absolute values of batch normalization's gammas.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Configuration:
     preprocessing: Preprocessing
     schedule: str = ONE_CYCLE
     accumulate: int = 1
+    gamma_l1: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
@@ -60,6 +62,8 @@ class Configuration:
         _ = self.drops
         if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
             raise ValueError(f"the weight decay must be at least 0 and finite, got {self.weight_decay}")
+        if not (self.gamma_l1 >= 0 and math.isfinite(self.gamma_l1)):
+            raise ValueError(f"the L1 penalty on gamma must be at least 0 and finite, got {self.gamma_l1}")
 
     @property
     def drops(self) -> tuple[int, ...] | None:

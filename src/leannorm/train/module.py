@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import lightning.pytorch as L
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR, OneCycleLR
 
@@ -15,6 +16,7 @@ from leannorm.train.pipeline import stream
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+    from torch.optim import Optimizer
 
     from leannorm.train.configuration import Configuration
 
@@ -23,6 +25,9 @@ Batch = tuple[Tensor, Tensor]
 
 class ImageClassifier(L.LightningModule):
     """Trains a model with cross entropy, SGD with Nesterov momentum 0.9, and the configuration's schedule.
+
+    With ``gamma_l1`` the loss has the penalty ``gamma_l1 sum |gamma|`` over all batch normalizations, which makes of
+    network slimming (Liu et al., arXiv 1708.06519) a matter of `leannorm.prune`; the logged loss goes without it.
 
     Args:
         model: maps images (B, C, H, W) to logits (B, classes).
@@ -48,6 +53,14 @@ class ImageClassifier(L.LightningModule):
         (learning_rate,) = {group["lr"] for group in self.trainer.optimizers[0].param_groups}
         self.log("learning_rate", learning_rate, on_step=True, batch_size=len(labels))
         return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Add the subgradient of the penalty, ``gamma_l1 sign(gamma)``, once for each step."""
+        if not self.configuration.gamma_l1:
+            return
+        for gamma in penalized(self.model):
+            if gamma.grad is not None:
+                gamma.grad.add_(gamma.detach().sign(), alpha=self.configuration.gamma_l1)
 
     def on_train_epoch_end(self) -> None:
         """Stop a training that has diverged.
@@ -85,3 +98,10 @@ class ImageClassifier(L.LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.2, cycle_momentum=False)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def penalized(model: nn.Module) -> list[nn.Parameter]:
+    """The gammas of a model's batch normalizations that are trained, each once."""
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    gammas = {layer.weight: None for layer in layers if layer.weight is not None and layer.weight.requires_grad}
+    return list(gammas)

@@ -24,7 +24,7 @@ from leannorm.train.configuration import ONE_CYCLE, Configuration
 from leannorm.train.data import ImageData, open_data
 from leannorm.train.environment import environment
 from leannorm.train.layers import TRACE, LayerRecorder
-from leannorm.train.module import ImageClassifier
+from leannorm.train.module import ImageClassifier, penalized
 from leannorm.train.recorder import BEST, INTERRUPTED, LAST, METRICS, RUN, Recorder
 
 TENSORBOARD = "tensorboard"
@@ -43,6 +43,7 @@ def train(
     weight_decay: float = 5e-4,
     schedule: str = ONE_CYCLE,
     accumulate: int = 1,
+    gamma_l1: float = 0.0,
     image_size: int | None = None,
     workers: int = 0,
     accelerator: str = "auto",
@@ -70,6 +71,7 @@ def train(
         schedule: "one-cycle", or "drops:50,80" for a tenth of the rate from these epochs on.
         accumulate: batches whose gradients make one step of the optimiser; an epoch leaves out the batches of a last
             step that would have fewer.
+        gamma_l1: weight of the penalty ``sum |gamma|`` over all batch normalizations, for channels to be pruned by.
         image_size: resize images to this many pixels; None keeps their own size.
         workers: processes that decode images.
         accelerator: Lightning's name of the device: "cpu", "gpu", "auto", ...
@@ -107,6 +109,7 @@ def train(
         preprocessing=images.preprocessing,
         schedule=schedule,
         accumulate=accumulate,
+        gamma_l1=gamma_l1,
     )
     if isinstance(source, AccumulatedBatch) and source.steps != accumulate:
         raise ValueError(
@@ -117,6 +120,8 @@ def train(
         raise ValueError(f"an epoch has {batches} batches: fewer than the {accumulate} to accumulate over")
     L.seed_everything(seed, verbose=False)
     network = checkpoint.build(configuration)
+    if gamma_l1 and not penalized(network):
+        raise ValueError(f"{model} with {source} has no gamma of batch normalization to penalize: leave gamma_l1 out")
     _check_logits(network, configuration)
     step = _check_same_run(out / LAST, configuration, network) if resume else None
     run = TrainingRun(
@@ -131,6 +136,7 @@ def train(
         input_shape=images.input_shape,
         history=(),
         environment=environment(),
+        gamma_l1=gamma_l1,
     )
     recorder = Recorder(out, run)
     callbacks: list[Callback] = [recorder]
