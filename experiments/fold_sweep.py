@@ -32,6 +32,7 @@ from leannorm.train.models import build, import_torchvision
 RESULT = Path("benchmarks/results/fold-sweep.json")
 FAMILY = 4  # models of each timm family, among the first of its names
 LARGEST = 60_000_000  # parameters of a timm model
+CANCELLATION = 0.6
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,9 @@ class Swept:
     ``calls`` counts batch normalizations in a run of the original; each is ``folded`` into a neighbour, ``tabled`` (a
     scale and a shift per channel) or among ``refusals``; ``merged`` counts convolutions that became part of another.
     ``error32`` is ``||folded - original|| / ||original||`` of the outputs in float32, ``error64`` in float64, and
-    ``rounding32`` that of the original in float32 against itself in float64. ``other`` names normalizations of other
-    kinds. ``failure`` says why there is nothing, or nothing in float32.
+    ``rounding32`` that of the original in float32 against itself in float64. ``spread`` is that of the two samples'
+    outputs against each other. ``other`` names normalizations of other kinds. ``failure`` says why there is nothing, or
+    nothing in float32.
     """
 
     model: str
@@ -56,6 +58,7 @@ class Swept:
     error32: float | None
     error64: float | None
     rounding32: float | None
+    spread: float | None
     seconds: float
     failure: str | None
 
@@ -83,17 +86,41 @@ class Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Put a model into eval mode with statistics, gamma and beta that no default hides; eps stays."""
+@torch.no_grad()
+def randomize(model: nn.Module, x: Tensor, seed: int = 0) -> nn.Module:
+    """Put a model into eval mode with statistics, gamma and beta that no default hides; eps stays.
+
+    Statistics are drawn around those of what each layer reads in a run on ``x``, so that maps stay of size one: random
+    ones let some networks grow until their own rounding is 1e-2 of the outputs. `CANCELLATION` of the mean square is
+    added to each variance, or the layers of a deep network would magnify what rounding leaves of a difference.
+    Parameters that begin at zero, such as those of classifiers, are drawn too, or all outputs would be zero.
+    """
     generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            parameter.normal_(std=parameter[0].numel() ** -0.5, generator=generator)
+    hooks = {}
+
+    def measure(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        hooks.pop(module).remove()
+        var, mean = torch.var_mean(inputs[0], [d for d in range(inputs[0].ndim) if d != 1], correction=0)
+        var = var + CANCELLATION * inputs[0].square().mean()
+        var = torch.where(var > 0, var, 1.0)
+        module.running_mean.mul_(var.sqrt()).add_(mean)
+        module.running_var.mul_(var)
+
     for module in model.modules():
         if isinstance(module, _BatchNorm):
-            module.running_mean.normal_(generator=generator)
+            module.running_mean.normal_(std=0.5, generator=generator)
             module.running_var.uniform_(0.5, 2.0, generator=generator)
             if module.affine:
-                module.weight.data.uniform_(0.5, 1.5, generator=generator)
-                module.bias.data.normal_(generator=generator)
-    return model.eval()
+                module.weight.uniform_(0.5, 1.5, generator=generator)
+                module.bias.normal_(generator=generator)
+            hooks[module] = module.register_forward_pre_hook(measure)
+    model.eval()(x)
+    for hook in hooks.values():
+        hook.remove()
+    return model
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
@@ -107,10 +134,14 @@ def sweep(name: str) -> Swept:
     """Fold one model in float32 and in float64."""
     begin = time.perf_counter()
     torch.manual_seed(0)
-    model = randomize(build(name, classes=10, channels=3))
-    x, expected, calls = _small_input(model)
-    if not expected.isfinite().all():
-        raise ValueError("the outputs are not finite with these statistics")
+    model = build(name, classes=10, channels=3).eval()
+    x = _small_input(model)
+    randomize(model, x)
+    with Calls() as counter:
+        expected = model(x)
+    calls, spread = counter.count, relative_error(expected[0], expected[1])
+    if not spread > 0:
+        raise ValueError("the outputs do not depend on the input, or are not finite, with these statistics")
     error32, error64, rounding32, failure = None, None, None, None
     try:
         folded, report = fold(model, x)
@@ -143,19 +174,20 @@ def sweep(name: str) -> Swept:
         error32=error32,
         error64=error64,
         rounding32=rounding32,
+        spread=spread,
         seconds=round(time.perf_counter() - begin, 1),
         failure=failure,
     )
 
 
-def _small_input(model: nn.Module) -> tuple[Tensor, Tensor, int]:
-    """A batch of two of the smallest size that the model takes, its outputs and calls of batch normalization."""
+def _small_input(model: nn.Module) -> Tensor:
+    """A batch of two of the smallest size that the model takes."""
     asked = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
     for size in (64, 96, 128, 224, asked[-1], 299):
         x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
         try:
-            with Calls() as calls:
-                return x, model(x), calls.count
+            model(x)
+            return x
         except (RuntimeError, AssertionError, ValueError, IndexError) as error:
             refused = error
     raise refused
@@ -190,7 +222,7 @@ def _fits(name: str) -> bool:
 
 
 def _nothing(name: str, failure: str) -> Swept:
-    return Swept(name, (), 0, 0, 0, 0, (), (), None, None, None, 0.0, failure)
+    return Swept(name, (), 0, 0, 0, 0, (), (), None, None, None, None, 0.0, failure)
 
 
 def table(models: list[Swept]) -> str:

@@ -47,6 +47,15 @@ def test_every_round_has_every_side_once_in_an_order_of_its_own(clock):
     assert len(set(rounds)) > 5
 
 
+def test_a_side_may_rest_before_each_sample_and_warms_up_untimed(clock, monkeypatch):
+    rested = []
+    monkeypatch.setattr("time.sleep", rested.append)
+    (sampled,) = timing.interleave({"a": clock.step("a", 10_000_000)}, repeats=3, rest=0.25)
+    assert rested == [0.25] * 3
+    assert clock.calls[-6:] == ["a"] * 6
+    assert sampled.seconds == pytest.approx([10e-3] * 3)
+
+
 def test_no_garbage_is_collected_within_samples(clock):
     enabled = []
     (sampled,) = timing.interleave({"a": lambda: enabled.append(gc.isenabled())}, repeats=3, shortest_sample=0.0)

@@ -341,3 +341,16 @@ def test_a_batch_that_only_a_guard_fixes_is_reported(batch):
     folded, report = leannorm.fold(model, (x,))
     assert [(r.module, r.reason.startswith(f"the batch stays {batch}")) for r in report.refusals] == [("", True)]
     torch.testing.assert_close(folded(x), model(x))
+
+
+def test_a_batch_that_only_data_can_show_to_be_free_is_tried(randomized):
+    class Counting(Small):
+        def forward(self, x):
+            y = super().forward(x)
+            return y, torch.nonzero(y > 0)  # as many rows as there are: no shape without data
+
+    model = randomized(Counting())
+    folded, report = fold(model, torch.randn(1, 3, 8, 8))
+    assert report.refusals == ()
+    x = torch.randn(5, 3, 8, 8)
+    assert relative_error(model(x)[0], folded(x)[0]) < 1e-6

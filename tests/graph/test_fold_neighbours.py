@@ -64,6 +64,15 @@ class RepVGG(nn.Module):
 
 
 FOLDED = {
+    "one layer on two paths": (
+        Layers(
+            lambda m, x: m.conv(torch.cat([y := m.bn(x), y.clone()], 1)),
+            bn=bn(),
+            conv=conv(5, 3, inputs=8),
+        ),
+        IMAGES,
+        {"bn": "the conv2d conv and the conv2d conv"},
+    ),
     "transposed convolution": (
         Layers(lambda m, x: m.bn(m.up(x)), up=nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2), bn=bn(6)),
         IMAGES,

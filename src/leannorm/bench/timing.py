@@ -27,6 +27,7 @@ def interleave(
     seed: int = 0,
     device: str = "cpu",
     shortest_sample: float = SHORTEST_SAMPLE,
+    rest: float = 0.0,
 ) -> tuple[Timing, ...]:
     """Time steps against each other.
 
@@ -39,6 +40,8 @@ def interleave(
         seed: of the order within the rounds.
         device: "cpu" or "cuda"; on the latter events are timed.
         shortest_sample: seconds.
+        rest: seconds to sleep before each sample, and then to warm up by one untimed iteration: threads of another
+            side's library may go on spinning for a while after its last iteration.
 
     Returns:
         One timing a side, in the order of ``steps``.
@@ -52,6 +55,9 @@ def interleave(
         for _ in range(repeats):
             shuffle(order)
             for side in order:
+                if rest:
+                    time.sleep(rest)
+                    steps[side]()
                 samples[side].append(seconds_of(steps[side], iterations[side]))
     return tuple(Timing(side, iterations[side], tuple(samples[side])) for side in steps)
 

@@ -88,9 +88,8 @@ class Step:
         changed = combine(weight, bias, self.scale.to(weight.device), self.shift.to(weight.device), **options)
         return changed[0].to(weight.dtype), changed[1].to(weight.dtype)
 
-    def apply(self, folding: Folding) -> None:
-        """Give the target its new constants."""
-        weight, bias = self.constants(folding)
+    def apply(self, folding: Folding, weight: Tensor, bias: Tensor) -> None:
+        """Give the target its new constants, those of `constants`."""
         target = folding.target(self.node)
         if isinstance(target, Table):
             target.scale, target.shift = weight, bias
@@ -99,23 +98,25 @@ class Step:
             target.set_values(folding.capture, weight, bias)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
     """Steps that together take up a batch normalization, or the obstacle that stands in their way.
 
-    ``changed`` are the nodes whose values become others.
+    ``changed`` are the nodes whose values become others; `check` leaves the constants of the steps for `apply`.
     """
 
     steps: tuple[Step, ...] = ()
     obstacle: str | None = None
     changed: tuple[Node, ...] = ()
+    constants: tuple[tuple[Tensor, Tensor], ...] = ()
 
     def check(self, folding: Folding) -> str | None:
         """The obstacle, or a step whose constants do not fit into their dtype."""
         if self.obstacle is not None:
             return self.obstacle
-        for step in self.steps:
-            constants, value = step.constants(folding), value_of(step.node)
+        self.constants = tuple(step.constants(folding) for step in self.steps)
+        for step, constants in zip(self.steps, self.constants, strict=True):
+            value = value_of(step.node)
             if isinstance(folding.target(step.node), Table) and value is not None:
                 constants = tuple(constant.to(value.dtype) for constant in constants)  # as the table will hold them
             if not all(torch.isfinite(tensor.sum(dtype=torch.float64)) for tensor in constants):
@@ -123,11 +124,13 @@ class Plan:
         return None
 
     def apply(self, folding: Folding) -> str:
-        """Take all steps; returns the names of what was changed."""
+        """Take all steps of a plan that `check` passed; returns the names of what was changed."""
         targets = [folding.target(step.node) for step in self.steps]
         names = [f"the {target.name} {target.module}" for target in targets if target is not None]
-        for step in self.steps:
-            step.apply(folding)
+        taken: set[Node] = set()
+        for step, constants in zip(self.steps, self.constants, strict=True):
+            step.apply(folding, *(step.constants(folding) if step.node in taken else constants))
+            taken.add(step.node)
         for node in self.changed:
             mark_layer(node, None)
         return " and ".join(names)
