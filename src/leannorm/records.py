@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from leannorm.precision import PrecisionPlan
+
 T = TypeVar("T")
 
 
@@ -194,7 +196,8 @@ class ShippedFile:
     """One deployed file.
 
     ``normalization_nodes`` names what is left of normalization in its graph, ``failures`` says in sentences why the
-    file does not pass (empty: nothing, it passes).
+    file does not pass (empty: nothing, it passes), ``emulated`` names the types that the runtime computes in fp32:
+    the latency is not theirs.
     """
 
     file: str
@@ -204,6 +207,7 @@ class ShippedFile:
     normalization_nodes: tuple[str, ...]
     verification: Verification
     failures: tuple[str, ...]
+    emulated: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -217,6 +221,7 @@ class Deployment:
     reference_latency_ms: float
     files: tuple[ShippedFile, ...]
     passed: bool
+    precision: PrecisionPlan | None = None
 
 
 def to_json(record: Any) -> str:
