@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from leannorm.activation import Activation
     from leannorm.conversion import convert, freeze, fuse, recalibrate, revert, tune, unfreeze
+    from leannorm.deploy.precision import execute_plan, plan_precision
     from leannorm.deploy.verify import verify
     from leannorm.graph import fold
     from leannorm.methods import (
@@ -62,11 +63,13 @@ _HOMES = {
     "VirtualDataset": "leannorm.statistics",
     "WeightedSum": "leannorm.statistics",
     "convert": "leannorm.conversion",
+    "execute_plan": "leannorm.deploy.precision",
     "fold": "leannorm.graph",
     "freeze": "leannorm.conversion",
     "fuse": "leannorm.conversion",
     "parse_statistics": "leannorm.spelling",
     "parse_target": "leannorm.spelling",
+    "plan_precision": "leannorm.deploy.precision",
     "recalibrate": "leannorm.conversion",
     "revert": "leannorm.conversion",
     "tune": "leannorm.conversion",
@@ -104,11 +107,13 @@ __all__ = [
     "VirtualDataset",
     "WeightedSum",
     "convert",
+    "execute_plan",
     "fold",
     "freeze",
     "fuse",
     "parse_statistics",
     "parse_target",
+    "plan_precision",
     "recalibrate",
     "revert",
     "tune",

@@ -109,6 +109,13 @@ def deploy(
     data: Annotated[
         str | None, typer.Option(help="Images to recalibrate and verify on; those of the training if left out.")
     ] = None,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="Beside the fp32 file: int8; plan (a format a layer, of the native ones); plan:int8,fp16 (of these, "
+            "emulated or not); fp32 for none."
+        ),
+    ] = "int8",
     overwrite: Overwrite = False,
 ) -> None:
     """Fold CHECKPOINT's normalization away, export it to ONNX, verify the files and report."""
@@ -119,7 +126,7 @@ def deploy(
         from leannorm.report import text
 
         out = out or checkpoint.parent / "deployed"
-        deployment = ship(checkpoint, data=data, out=out, overwrite=overwrite)
+        deployment = ship(checkpoint, data=data, out=out, precision=precision, overwrite=overwrite)
         rich.print(text.summary([deployment]))
         typer.echo(f"files and report: {out}")
     raise typer.Exit(0 if deployment.passed else 1)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from leannorm.report.precision import emulation, formats
 from leannorm.report.wording import NOT_MEASURED, counted, error, milliseconds, points, share, size
 
 if TYPE_CHECKING:
@@ -86,7 +87,10 @@ def verdict(deployments: Sequence[Deployment]) -> Verdict:
     named = list(zip(names(deployments), deployments, strict=True))
     return Verdict(
         headline=f"{failed} of {total} failed" if failed else f"{total} passed",
-        sentences=_sentences([file for deployment in deployments for file in deployment.files]),
+        sentences=(
+            *_sentences([file for deployment in deployments for file in deployment.files]),
+            *(f"{name}: {formats(d.precision)}." for name, d in named if d.precision is not None),
+        ),
         failures=tuple(f"{name}: {reason}" for name, d in named for reason in _reasons(d)),
     )
 
@@ -99,7 +103,7 @@ def _shipped(file: ShippedFile) -> Row:
         relative_error=error(file.verification.relative_error),
         normalization=f"{left:,}" if left else "none",
         size=size(file.bytes),
-        latency=milliseconds(file.latency_ms),
+        latency=milliseconds(file.latency_ms) + ("\nemulated" if file.emulated else ""),
         check="failed" if file.failures else "passed",
     )
 
@@ -110,7 +114,7 @@ def _facts(file: ShippedFile, deployment: Deployment) -> dict[str, str]:
         "Check": "failed" if file.failures else "passed",
         "Precision": file.precision,
         "Size": f"{size(file.bytes)}, {counted(file.bytes, 'byte', 'bytes')}",
-        "Latency at batch 1": milliseconds(file.latency_ms),
+        "Latency at batch 1": "; ".join((milliseconds(file.latency_ms), *map(emulation, file.emulated))),
         "PyTorch latency at batch 1": milliseconds(deployment.reference_latency_ms),
         "Normalization left": "\n".join(file.normalization_nodes) or "none",
         "Relative error": error(check.relative_error),
