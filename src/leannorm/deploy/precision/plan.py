@@ -43,9 +43,10 @@ def plan_precision(
 
     A layer takes the smallest format that nothing speaks against, in the order int8, fp16, bf16, fp32:
 
-    - overflow: the outputs measured, or predicted by the batch normalization that the layer has taken up,
+    - overflow: inputs or outputs measured, or outputs predicted by the batch normalization that the layer has taken up,
       :math:`\beta \pm k |\gamma|`, are beyond the format's largest number;
-    - underflow: more than 1% of the non-zero outputs are below the format's smallest normal number;
+    - underflow: more than 1% of the non-zero inputs or outputs are below fp16's smallest normal number (bf16 has the
+      exponents of fp32);
     - the runtime has no kernel, or one that computes in fp32 (`support`);
     - measured error: with this layer alone rounded (weights, inputs and outputs), the model's outputs change by more
       than ``max_error``, or the layer's by more than 10%.
@@ -132,7 +133,7 @@ class _Planner:
                     rounded_activations(output, measured.low, measured.high),
                 )
             errors: tuple[float | None, float | None] = (None, None)
-            rejected = self._out_of_range(kind, measured, predicted) or self._not_computed(kind, runs[kind])
+            rejected = self._out_of_range(layer, kind, predicted) or self._not_computed(kind, runs[kind])
             if rejected is None:
                 errors = self.rounding.errors(layer, kind)
                 rejected = self._too_wrong(*errors)
@@ -155,24 +156,27 @@ class _Planner:
             candidates=tuple(candidates),
         )
 
-    def _out_of_range(self, kind: str, measured: Range, predicted: tuple[float, float] | None) -> str | None:
+    def _out_of_range(self, layer: Layer, kind: str, predicted: tuple[float, float] | None) -> str | None:
         if kind not in FLOATS:
             return None  # INT8 has the range that calibration saw
-        largest = FLOATS[kind].largest
-        if measured.largest > largest:
-            return f"overflow: its outputs reach {measured.largest:.3g}, {kind} ends at {largest:.5g}"
+        number = FLOATS[kind]
+        both = {"inputs": self.found[layer.input], "outputs": self.found[layer.output]}
+        for name, measured in both.items():
+            if measured.largest > number.largest:
+                return f"overflow: its {name} reach {measured.largest:.3g}, {kind} ends at {number.largest:.5g}"
         reach = 0.0 if predicted is None else max(map(abs, predicted))
-        if reach > largest:
+        if reach > number.largest:
             return (
                 f"overflow: its batch normalization gives values up to {reach:.3g} at {self.k:g} standard deviations, "
-                f"{kind} ends at {largest:.5g}"
+                f"{kind} ends at {number.largest:.5g}"
             )
-        below = measure.share(measured.below, measured.nonzero) if kind == "fp16" else 0.0
-        if below > MAX_UNDERFLOW:
-            return (
-                f"underflow: {below:.2%} of its non-zero outputs become zero or subnormal in fp16 "
-                f"(below {FLOATS['fp16'].smallest_normal:.2g}), {MAX_UNDERFLOW:.0%} is allowed"
-            )
+        for name, measured in both.items():
+            below = measure.share(measured.below, measured.nonzero)
+            if kind == "fp16" and below > MAX_UNDERFLOW:
+                return (
+                    f"underflow: {below:.2%} of its non-zero {name} become zero or subnormal in fp16 "
+                    f"(below {number.smallest_normal:.2g}), {MAX_UNDERFLOW:.0%} is allowed"
+                )
         return None
 
     def _not_computed(self, kind: str, runs: RuntimeSupport) -> str | None:
