@@ -74,11 +74,13 @@ def execute_plan(
     while True:
         error = predicted_error(plan)
         if error > HOPELESS * plan.max_error:
-            failure, measured = f"the layers' errors add up to {error:.2g}, {plan.max_error:g} is allowed", False
+            failure, measured = f"the layers' errors add up to {error:.3g}, {plan.max_error:g} is allowed", False
         else:
             types = spread(file, {layer.node: layer.type for layer in plan.layers}, largest)
             run, simulated = _tried(source, path, types, batches, validation, reference, plan)
-            failure, measured, error = _failure(run, plan) or _failure(simulated, plan), True, run.relative_error
+            failure, measured, error = _failure(run, plan), True, run.relative_error
+            if failure is None and simulated is not None and (reason := _failure(simulated, plan)):
+                failure, error = f"rounded as the formats say, {reason}", simulated.relative_error
             plan = dataclasses.replace(
                 plan,
                 relative_error=run.relative_error,
@@ -125,11 +127,9 @@ def _tried(
         return run, verify(reference, Session(twin), validation, max_error=plan.max_error)
 
 
-def _failure(verification: Verification | None, plan: PrecisionPlan) -> str | None:
-    if verification is None:
-        return None
+def _failure(verification: Verification, plan: PrecisionPlan) -> str | None:
     if not verification.passed:
-        return f"the relative error is {verification.relative_error:.2g}, {plan.max_error:g} is allowed"
+        return f"the relative error is {verification.relative_error:.3g}, {plan.max_error:g} is allowed"
     before, after = verification.reference_accuracy, verification.candidate_accuracy
     if before is not None and after is not None and before - after >= MAX_ACCURACY_DROP:
         lost, allowed = 100 * (before - after), 100 * MAX_ACCURACY_DROP
