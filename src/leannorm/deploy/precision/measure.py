@@ -152,15 +152,17 @@ class Rounding:
     def __init__(self, model: onnx.ModelProto, found: Mapping[str, Range], sample: np.ndarray) -> None:
         self._model, self._found, self._sample = model, found, sample
         self._outputs = [output.name for output in model.graph.output]
-        self._expected: dict[str, list[np.ndarray]] = {}
 
-    def errors(self, layer: Layer, kind: str) -> tuple[float, float]:
-        """Relative errors at the layer and at the model's outputs where that layer alone is rounded to a format."""
-        values = [layer.output, *self._outputs]
-        if layer.output not in self._expected:
-            self._expected[layer.output] = Runner(self._model, values)(self._sample)
-        expected = self._expected[layer.output]
-        got = Runner(self._rounded(layer, kind), values)(self._sample)
+    def exact(self, layer: Layer) -> list[np.ndarray]:
+        """The layer's output and the model's, unrounded."""
+        return Runner(self._model, [layer.output, *self._outputs])(self._sample)
+
+    def errors(self, layer: Layer, kind: str, expected: list[np.ndarray]) -> tuple[float, float]:
+        """Relative errors at the layer and at the model's outputs where that layer alone is rounded to a format.
+
+        ``expected`` are the values without (`exact`).
+        """
+        got = Runner(self._rounded(layer, kind), [layer.output, *self._outputs])(self._sample)
         at_outputs = [np.concatenate([value.ravel() for value in side[1:]]) for side in (got, expected)]
         return relative_error(got[0], expected[0]), relative_error(*at_outputs)
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 from torch import nn
 
@@ -22,7 +21,7 @@ from leannorm.deploy.precision.formats import (
     rounded_weights,
 )
 from leannorm.deploy.precision.layers import Layer, batch_norms, constant, layers_of, predicted_range
-from leannorm.deploy.precision.measure import Bounds, Range, Rounding, Runner
+from leannorm.deploy.precision.measure import Bounds, Range, Rounding
 from leannorm.deploy.precision.support import RUNTIME, opset_of, support
 from leannorm.precision import LayerPrecision, PrecisionCandidate, PrecisionPlan, RuntimeSupport
 
@@ -86,7 +85,7 @@ def plan_precision(
     bounds = {layer.output: predicted_range(*norms[name], k) for layer in layers if (name := _norm(layer, norms))}
     found, sample = measure.ranges(file, layers, batches, bounds)
     opset = opset_of(file)
-    planner = _Planner(file, found, sample, Rounding(file, found, sample), listed, types is None, max_error, k)
+    planner = _Planner(file, found, Rounding(file, found, sample), listed, types is None, max_error, k)
     planned, used = [], {}
     for layer in layers:
         runs = {kind: support(layer.operator, kind, rank=layer.rank, opset=opset) for kind in LADDER}
@@ -109,7 +108,6 @@ class _Planner:
 
     file: onnx.ModelProto
     found: dict[str, Range]
-    sample: np.ndarray
     rounding: Rounding
     listed: tuple[str, ...]
     native_only: bool
@@ -119,7 +117,8 @@ class _Planner:
     def plan(self, layer: Layer, bounds: Bounds | None, runs: dict[str, RuntimeSupport]) -> LayerPrecision:
         measured, weight = self.found[layer.output], constant(self.file, layer.weight)
         predicted = None if bounds is None else (float(bounds[0].min()), float(bounds[1].max()))
-        (output,) = Runner(self.file, [layer.output])(self.sample)
+        exact = self.rounding.exact(layer)
+        output = exact[0]
         candidates = []
         for kind in self.listed:
             if kind == "fp32":
@@ -135,7 +134,7 @@ class _Planner:
             errors: tuple[float | None, float | None] = (None, None)
             rejected = self._out_of_range(layer, kind, predicted) or self._not_computed(kind, runs[kind])
             if rejected is None:
-                errors = self.rounding.errors(layer, kind)
+                errors = self.rounding.errors(layer, kind, exact)
                 rejected = self._too_wrong(*errors)
             weight_error, output_error = relative_error(stored[0], weight), relative_error(stored[1], output)
             candidates.append(PrecisionCandidate(kind, weight_error, output_error, *errors, rejected))
