@@ -50,7 +50,7 @@ def planned(deployment):
 
 
 def test_a_sentence_counts_the_formats():
-    assert formats(PLAN) == "of 2 layers, fp16 in 1 (emulated), fp32 in 1"
+    assert formats(PLAN) == "fp16 in 1 (emulated), fp32 in 1 of 2 layers"
 
 
 def test_layers_are_shown_with_both_ranges_and_their_reason():
@@ -67,6 +67,9 @@ def test_what_was_rejected_is_shown_with_its_errors():
     table = tables(PLAN)[1]
     assert table.rows[0] == ("stem <b>", "int8", "0.01", "0.02", "0.03", "0.04", "measured error")
     assert table.rows[1][-1] == "chosen"
+    raised = dataclasses.replace(LAYERS[0], type="fp32")
+    considered = tables(dataclasses.replace(PLAN, layers=(raised,)))[1]
+    assert considered.rows[1][-1] == "allowed alone, but not with the other layers"
     assert table.rows[2][-3:] == ("\N{EN DASH}", "\N{EN DASH}", "overflow: its outputs reach 1e+05")
 
 
@@ -77,7 +80,7 @@ def test_the_trail_is_shown_where_there_is_one():
 
 def test_the_page_holds_it_escaped(planned, parse):
     text = parse(page([planned])).text
-    assert "of 2 layers, fp16 in 1 (emulated), fp32 in 1. Runtime: onnxruntime 1.2." in text
+    assert "fp16 in 1 (emulated), fp32 in 1 of 2 layers. Runtime: onnxruntime 1.2." in text
     assert "relative error is 0.0012, 0.01 is allowed" in text
     assert "rounded as the formats say, the error is 0.0034" in text
     assert "stem <b>" in text  # as text, not as a tag
@@ -92,7 +95,7 @@ def test_an_emulated_latency_is_labelled_in_table_details_and_chart(planned, par
 
 
 def test_the_summary_counts_the_formats(planned, deployment):
-    assert verdict([planned]).sentences[-1].endswith("of 2 layers, fp16 in 1 (emulated), fp32 in 1.")
+    assert verdict([planned]).sentences[-1].endswith("fp16 in 1 (emulated), fp32 in 1 of 2 layers.")
     assert (
         verdict([deployment]).sentences
         == verdict([dataclasses.replace(planned, precision=None, files=deployment.files)]).sentences

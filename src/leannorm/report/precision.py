@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from leannorm.report.wording import NOT_MEASURED, counted, error, share, significant
 
 if TYPE_CHECKING:
-    from leannorm.precision import PrecisionPlan
+    from leannorm.precision import LayerPrecision, PrecisionPlan
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ def formats(plan: PrecisionPlan) -> str:
     """Say how many layers have which number format, and which of these are emulated."""
     layers = Counter((layer.type, layer.computed) for layer in plan.layers)
     parts = [f"{kind} in {count:,}{_emulated(computed)}" for (kind, computed), count in sorted(layers.items())]
-    return f"of {counted(len(plan.layers), 'layer', 'layers')}, {', '.join(parts)}"
+    return f"{', '.join(parts)} of {counted(len(plan.layers), 'layer', 'layers')}"
 
 
 def emulation(kind: str) -> str:
@@ -85,7 +85,7 @@ def tables(plan: PrecisionPlan) -> tuple[Table, ...]:
                 error(candidate.output_error),
                 _maybe(candidate.layer_error),
                 _maybe(candidate.model_error),
-                candidate.rejected or ("chosen" if candidate.type == layer.type else "allowed"),
+                candidate.rejected or _verdict(candidate.type, layer),
             )
             for layer, candidate in candidates
         ),
@@ -107,6 +107,14 @@ def tables(plan: PrecisionPlan) -> tuple[Table, ...]:
 
 def _range(values: tuple[float, float] | None) -> str:
     return NOT_MEASURED if values is None else f"{significant(values[0])} to {significant(values[1])}"
+
+
+def _verdict(kind: str, layer: LayerPrecision) -> str:
+    """What became of a format that was not rejected; candidates stand in the order of their size."""
+    types = [candidate.type for candidate in layer.candidates]
+    if kind == layer.type:
+        return "chosen"
+    return "allowed alone, but not with the other layers" if types.index(kind) < types.index(layer.type) else "allowed"
 
 
 def _maybe(value: float | None) -> str:
