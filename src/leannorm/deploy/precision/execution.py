@@ -129,7 +129,7 @@ def _tried(
 
 def _failure(verification: Verification, plan: PrecisionPlan) -> str | None:
     if not verification.passed:
-        return f"the relative error is {verification.relative_error:.3g}, {plan.max_error:g} is allowed"
+        return f"the relative error is {verification.relative_error:.4g}, {plan.max_error:g} is allowed"
     before, after = verification.reference_accuracy, verification.candidate_accuracy
     if before is not None and after is not None and before - after >= MAX_ACCURACY_DROP:
         lost, allowed = 100 * (before - after), 100 * MAX_ACCURACY_DROP
