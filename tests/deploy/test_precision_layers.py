@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from onnx import helper, parser
 from torch import nn
 
-from leannorm.deploy.precision.layers import batch_norms, layers_of, predicted_range, spread
+from leannorm.deploy.precision.layers import batch_norms, layers_of, predicted_range, require_plannable, spread
 
 MODEL = """
 <ir_version: 10, opset_import: ["" : 20]>
@@ -95,12 +95,12 @@ def test_products_of_two_activations_are_no_layers():
 
 def test_nodes_without_names_are_refused():
     with pytest.raises(ValueError, match="nodes need names"):
-        layers_of(model(MODEL.replace("[last] ", "")))
+        require_plannable(model(MODEL.replace("[last] ", "")))
 
 
 def test_one_name_twice_is_refused():
     with pytest.raises(ValueError, match="nodes need names, each its own"):
-        layers_of(model(MODEL.replace("[last]", "[first]")))
+        require_plannable(model(MODEL.replace("[last]", "[first]")))
 
 
 def test_control_flow_is_refused():
@@ -110,7 +110,7 @@ def test_control_flow_is_refused():
     )
     file.graph.node.append(helper.make_node("If", ["c"], ["p"], name="if", then_branch=branch, else_branch=branch))
     with pytest.raises(ValueError, match=r"control flow \(If\)"):
-        layers_of(file)
+        require_plannable(file)
 
 
 def test_nodes_between_layers_of_one_format_follow_them():

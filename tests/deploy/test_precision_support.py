@@ -88,6 +88,13 @@ def test_a_file_tells_which_of_its_formats_are_emulated(to_onnx, tmp_path):
     assert emulated_types(onnx.load(tmp_path / "mixed.onnx")) == (() if native else ("fp16",))
 
 
+def test_a_file_that_no_plan_could_name_is_told_of_too(to_onnx, tmp_path):
+    file = onnx.load(to_onnx(networks.network(), tmp_path / "fp32.onnx", networks.batches(1)[0]))
+    for node in file.graph.node:
+        node.name = ""
+    assert emulated_types(file) == ()
+
+
 def test_the_probe_asks_once():
     assert support("Conv", "fp16") is support("Conv", "fp16")
 

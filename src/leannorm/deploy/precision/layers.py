@@ -21,7 +21,7 @@ ONNX_TYPES = {
     **{kind: number.onnx for kind, number in FLOATS.items()},
 }
 
-# What may take the format of the layers around it: no sum over many elements, no exponential, no second input to scale.
+# What may take the format of the layers around it; exponentials, roots, divisions and reductions stay in fp32.
 FOLLOWERS = frozenset(
     {
         "Add",
@@ -29,7 +29,6 @@ FOLLOWERS = frozenset(
         "Clip",
         "Concat",
         "Flatten",
-        "GlobalAveragePool",
         "Identity",
         "LeakyRelu",
         "MaxPool",
@@ -62,17 +61,17 @@ class Layer:
         return -1 if self.operator == "MatMul" else 1
 
 
-def layers_of(model: onnx.ModelProto, *, any_type: bool = False) -> tuple[Layer, ...]:
-    """Find the layers of a file, in the order of its graph.
-
-    Args:
-        model: the file.
-        any_type: take layers whose weights are 16-bit or dequantised too, not those in fp32 alone.
+def require_plannable(model: onnx.ModelProto) -> None:
+    """Refuse a file that a plan cannot name or cannot follow.
 
     Raises:
-        ValueError: if nodes have no names or one twice, or run graphs of their own (``If``, ``Loop``, ``Scan``).
+        ValueError: if nodes have no names or one twice, or run graphs of their own (``If``, ``Loop``, ``Scan``), or the
+            file has not one input.
     """
     graph = model.graph
+    if len(graph.input) != 1:
+        inputs = ", ".join(value.name for value in graph.input) or "none"
+        raise ValueError(f"a precision plan takes files with one input, got {inputs}")
     names = [node.name for node in graph.node]
     if len(set(names)) < len(names) or not all(names):
         raise ValueError("the file's nodes need names, each its own: a plan names them")
@@ -81,6 +80,16 @@ def layers_of(model: onnx.ModelProto, *, any_type: bool = False) -> tuple[Layer,
     ]
     if inner:
         raise ValueError(f"the file holds control flow ({inner[0]}), which a precision plan does not enter")
+
+
+def layers_of(model: onnx.ModelProto, *, any_type: bool = False) -> tuple[Layer, ...]:
+    """Find the layers of a file, in the order of its graph.
+
+    Args:
+        model: the file.
+        any_type: take layers whose weights are 16-bit or dequantised too, not those in fp32 alone.
+    """
+    graph = model.graph
     weights = _weights(graph, any_type=any_type)
     found = []
     for node in graph.node:

@@ -20,7 +20,7 @@ from leannorm.deploy.precision.formats import (
     rounded_activations,
     rounded_weights,
 )
-from leannorm.deploy.precision.layers import Layer, batch_norms, constant, layers_of, predicted_range
+from leannorm.deploy.precision.layers import Layer, batch_norms, constant, layers_of, predicted_range, require_plannable
 from leannorm.deploy.precision.measure import Bounds, Range, Rounding
 from leannorm.deploy.precision.support import RUNTIME, opset_of, support
 from leannorm.precision import LayerPrecision, PrecisionCandidate, PrecisionPlan, RuntimeSupport
@@ -75,12 +75,10 @@ def plan_precision(
     if not (max_error >= 0 and math.isfinite(max_error)):
         raise ValueError(f"max_error must be a finite number >= 0, got {max_error}")
     file = onnx.load(source)
+    require_plannable(file)
     layers = layers_of(file)
     if not layers:
         raise ValueError(f"{source} holds no convolution or matrix product with fp32 weights: plan from the fp32 file")
-    if len(file.graph.input) != 1:
-        names = ", ".join(value.name for value in file.graph.input)
-        raise ValueError(f"a precision plan takes files with one input, got {names}")
     norms = {} if model is None else batch_norms(model)
     bounds = {layer.output: predicted_range(*norms[name], k) for layer in layers if (name := _norm(layer, norms))}
     found, sample = measure.ranges(file, layers, batches, bounds)
