@@ -114,7 +114,8 @@ def test_deploy_exits_by_the_verification(tmp_path, monkeypatch, deployment, pas
     result = CliRunner().invoke(cli.main, ["deploy", "best.ckpt", "--data", "digits", "--out", str(tmp_path)])
     assert result.exit_code == (0 if passed else 1)
     assert "grid:1/4" in result.stdout, result.output
-    assert calls == [(Path("best.ckpt"), {"data": "digits", "out": tmp_path, "overwrite": False, "prune": False})]
+    options = {"data": "digits", "out": tmp_path, "precision": "int8", "overwrite": False, "prune": False}
+    assert calls == [(Path("best.ckpt"), options)]
 
 
 def test_report_compares_deployments_on_one_page(tmp_path, deployment):

@@ -30,7 +30,7 @@ def test_the_readmes_examples_print_what_they_say(capsys):
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
     exec(compile(code, "README.md", "exec"), {})
     promised = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
-    assert len(promised) == 5
+    assert len(promised) == 6
     assert capsys.readouterr().out.splitlines() == promised
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from leannorm.activation import Activation
     from leannorm.conversion import convert, explain, freeze, fuse, recalibrate, revert, tune, unfreeze
+    from leannorm.deploy.precision import execute_plan, plan_precision
     from leannorm.deploy.verify import verify
     from leannorm.graph import fold, prune, sparsity
     from leannorm.methods import (
@@ -62,12 +63,14 @@ _HOMES = {
     "VirtualDataset": "leannorm.statistics",
     "WeightedSum": "leannorm.statistics",
     "convert": "leannorm.conversion",
+    "execute_plan": "leannorm.deploy.precision",
     "explain": "leannorm.conversion",
     "fold": "leannorm.graph",
     "freeze": "leannorm.conversion",
     "fuse": "leannorm.conversion",
     "parse_statistics": "leannorm.spelling",
     "parse_target": "leannorm.spelling",
+    "plan_precision": "leannorm.deploy.precision",
     "prune": "leannorm.graph",
     "recalibrate": "leannorm.conversion",
     "revert": "leannorm.conversion",
@@ -107,12 +110,14 @@ __all__ = [
     "VirtualDataset",
     "WeightedSum",
     "convert",
+    "execute_plan",
     "explain",
     "fold",
     "freeze",
     "fuse",
     "parse_statistics",
     "parse_target",
+    "plan_precision",
     "prune",
     "recalibrate",
     "revert",

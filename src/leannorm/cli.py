@@ -116,6 +116,13 @@ def deploy(
     prune: Annotated[
         bool, typer.Option("--prune", help="Remove channels that batch normalization makes constant; exact.")
     ] = False,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="Beside the fp32 file: int8; plan (a format a layer, of the native ones); plan:int8,fp16 (of these, "
+            "emulated or not); fp32 for none."
+        ),
+    ] = "int8",
     overwrite: Overwrite = False,
 ) -> None:
     """Fold CHECKPOINT's normalization away, export it to ONNX, verify the files and report."""
@@ -126,7 +133,7 @@ def deploy(
         from leannorm.report import text
 
         out = out or checkpoint.parent / "deployed"
-        deployment = ship(checkpoint, data=data, out=out, overwrite=overwrite, prune=prune)
+        deployment = ship(checkpoint, data=data, out=out, precision=precision, overwrite=overwrite, prune=prune)
         rich.print(text.summary([deployment]))
         typer.echo(f"files and report: {out}")
     raise typer.Exit(0 if deployment.passed else 1)

@@ -15,37 +15,8 @@ from leannorm import records
 from leannorm.deploy import deploy, shipping
 from leannorm.records import Deployment, Verification
 from leannorm.train import checkpoint as checkpoints
-from leannorm.train.run import train
 
 FILES = ["model.fp32.onnx", "model.int8.onnx", "report.html", "report.json"]
-
-FACTORY = """
-from torch import nn
-
-def network(num_classes, in_channels):
-    return nn.Sequential(
-        nn.Conv2d(in_channels, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.Conv2d(8, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
-        nn.Flatten(), nn.Linear(256, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, num_classes),
-    )
-"""
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("training")
-    (folder / "networks.py").write_text(FACTORY)
-    train(
-        f"{folder / 'networks.py'}:network",
-        "digits",
-        statistics="fs:1/4+vdn:1",
-        epochs=3,
-        seed=0,
-        out=folder / "run",
-        batch_size=64,
-        accelerator="cpu",
-    )
-    return folder / "run" / "last.ckpt"
 
 
 @pytest.fixture(scope="module")

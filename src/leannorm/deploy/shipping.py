@@ -21,6 +21,8 @@ from leannorm.conversion.methods import settle
 from leannorm.conversion.recalibration import can_recalibrate
 from leannorm.deploy.export import add_metadata, export_onnx
 from leannorm.deploy.normalization import normalization_nodes
+from leannorm.deploy.precision import emulated_types, execute_plan, plan_precision
+from leannorm.deploy.precision.spelling import parse_precision
 from leannorm.deploy.runtime import Session, latency_ms
 from leannorm.deploy.verify import verify
 from leannorm.graph import fold
@@ -39,7 +41,13 @@ from leannorm.train import checkpoint as checkpoints
 from leannorm.train.data import ImageData
 from leannorm.train.environment import environment
 
-FP32, INT8, REPORT, PAGE = FILES = ("model.fp32.onnx", "model.int8.onnx", "report.json", "report.html")
+FP32, INT8, MIXED, REPORT, PAGE = FILES = (
+    "model.fp32.onnx",
+    "model.int8.onnx",
+    "model.mixed.onnx",
+    "report.json",
+    "report.html",
+)
 
 # Eight bits cost a few percent of the outputs' norm in a sound model; more is a sign of a broken calibration.
 INT8_MAX_ERROR = 0.1
@@ -48,6 +56,7 @@ INT8_AGREEMENT = 0.95
 
 RECALIBRATION_BATCHES = 200
 CALIBRATION_IMAGES = 1024
+PLAN_IMAGES = 256  # held in memory: a plan reads them many times
 
 
 def deploy(
@@ -58,6 +67,7 @@ def deploy(
     overwrite: bool = False,
     prune: bool = False,
     max_error: float = 0.01,
+    precision: str = "int8",
     batch_size: int = 64,
     workers: int = 0,
 ) -> Deployment:
@@ -71,7 +81,9 @@ def deploy(
 
     The deployment passes if the fp32 file's relative error is at most ``max_error``, and if the INT8 file, which
     rounds by design, loses less than 0.5 points of accuracy, agrees in at least 95% of the arg-maxes and stays within
-    a relative error of 10%.
+    a relative error of 10%. By ``precision`` the INT8 file is left out ("fp32"), or `model.mixed.onnx` takes its place
+    ("plan"): it has a number format a layer (`leannorm.plan_precision`), and passes by ``max_error`` and the INT8
+    file's bounds on accuracy and agreement.
 
     Args:
         checkpoint: a file that `leannorm train` wrote.
@@ -80,7 +92,9 @@ def deploy(
         overwrite: replace the deployment that ``out`` holds.
         prune: remove channels that batch normalization makes constant (`leannorm.prune`) before folding; the files are
             compared with the model as it was before.
-        max_error: the largest relative error of the fp32 file that passes.
+        max_error: the largest relative error of the fp32 file, and of a mixed one, that passes.
+        precision: "fp32", "int8", "plan" for the formats that onnxruntime computes natively here, or those that a plan
+            may use, emulated or not, as in "plan:int8,fp16".
         batch_size: images in a batch, for all but the latencies (batch 1).
         workers: processes that decode images.
 
@@ -94,6 +108,7 @@ def deploy(
     """
     from leannorm.report.html import page
 
+    second, types = parse_precision(precision)
     out = Path(out)
     _check_folder(out, overwrite=overwrite)
     trained, training = checkpoints.load(checkpoint)
@@ -106,19 +121,27 @@ def deploy(
     metadata = _metadata(Path(checkpoint), training, images, recalibration)
     with _staged(out) as folder:
         export_onnx(program, folder / FP32, inputs=["images"], outputs=["logits"], metadata=metadata)
-        batches = itertools.islice(images.train_dataloader(), -(-CALIBRATION_IMAGES // batch_size))
-        quantize_int8(folder / FP32, folder / INT8, batches)
-        fp32 = _shipped(folder / FP32, "fp32", model, images, example, max_error)
-        int8 = _shipped(folder / INT8, "int8", model, images, example, INT8_MAX_ERROR)
+        files = [_shipped(folder / FP32, "fp32", model, images, example, max_error)]
+        plan = None
+        if second == "int8":
+            batches = itertools.islice(images.train_dataloader(), -(-CALIBRATION_IMAGES // batch_size))
+            quantize_int8(folder / FP32, folder / INT8, batches)
+            files.append(_shipped(folder / INT8, "int8", model, images, example, INT8_MAX_ERROR))
+        elif second == "plan":
+            batches = list(itertools.islice(images.train_dataloader(), -(-PLAN_IMAGES // batch_size)))
+            plan = plan_precision(folder / FP32, batches, model=model, types=types, max_error=max_error)
+            plan = execute_plan(plan, folder / FP32, folder / MIXED, batches, images.val_dataloader(), reference=model)
+            files.append(_shipped(folder / MIXED, "mixed", model, images, example, max_error))
         deployment = Deployment(
             checkpoint=str(checkpoint),
             training=training,
             recalibration=recalibration,
             fold=folded,
             reference_latency_ms=latency_ms(model, (example,)),
-            files=(fp32, int8),
-            passed=not (fp32.failures or int8.failures),
+            files=tuple(files),
+            passed=not any(file.failures for file in files),
             pruning=pruning,
+            precision=plan,
         )
         records.write(folder / REPORT, deployment)
         records.write_text(folder / PAGE, page([deployment]))
@@ -142,7 +165,10 @@ def _staged(out: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(dir=out, prefix=".deploy.") as name:
             yield Path(name)
             for file in FILES:
-                (Path(name) / file).replace(out / file)
+                if (Path(name) / file).exists():
+                    (Path(name) / file).replace(out / file)
+                else:
+                    (out / file).unlink(missing_ok=True)  # of the deployment that this one replaces
     except BaseException:
         if made:
             with contextlib.suppress(OSError):  # somebody else put something there
@@ -191,14 +217,16 @@ def _shipped(
     # A summary: the layers are in the report.
     summary = {name: value for name, value in dataclasses.asdict(verification).items() if name != "layers"}
     add_metadata(path, {"verification": json.dumps(summary)})
+    file = onnx.load(path)
     return ShippedFile(
         file=path.name,
         precision=precision,
         bytes=path.stat().st_size,
         latency_ms=latency,
-        normalization_nodes=normalization_nodes(onnx.load(path)),
+        normalization_nodes=normalization_nodes(file),
         verification=verification,
         failures=_failures(precision, verification),
+        emulated=emulated_types(file),
     )
 
 
@@ -211,7 +239,7 @@ def _failures(precision: str, verification: Verification) -> tuple[str, ...]:
         failures.append(
             f"its relative error is {verification.relative_error:.2g}, {verification.max_error:g} is allowed{where}"
         )
-    if precision == "int8":
+    if precision != "fp32":
         agreement, reference = verification.argmax_agreement, verification.reference_accuracy
         candidate = verification.candidate_accuracy
         assert agreement is not None

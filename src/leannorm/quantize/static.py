@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ class _Reader(CalibrationDataReader):
         return {self._name: images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)}
 
 
-def quantize_int8(source: str | Path, path: str | Path, batches: Iterable[Any]) -> None:
+def quantize_int8(
+    source: str | Path, path: str | Path, batches: Iterable[Any], *, exclude: Collection[str] = ()
+) -> None:
     """Write an INT8 copy of an ONNX file that has one input.
 
     Weights become signed 8-bit integers with a scale for each output channel; activations become unsigned 8-bit
@@ -46,6 +48,7 @@ def quantize_int8(source: str | Path, path: str | Path, batches: Iterable[Any]) 
         source: the fp32 file; its metadata properties are kept.
         path: the INT8 file; it is written under another name in the same folder first.
         batches: calibration inputs, such as training batches; of a tuple the first item is the input.
+        exclude: names of nodes that stay in fp32.
 
     Raises:
         ValueError: if there are no batches.
@@ -68,7 +71,7 @@ def quantize_int8(source: str | Path, path: str | Path, batches: Iterable[Any]) 
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=_left_in_fp32(onnx.load(inferred).graph),
+            nodes_to_exclude=[*_left_in_fp32(onnx.load(inferred).graph), *exclude],
             # Eight bits for logits would make near classes equal, and save nothing.
             extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
         )

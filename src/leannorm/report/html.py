@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from leannorm.report import wording
 from leannorm.report.charts import Bar, Chart, Series, bars, legend, lines
 from leannorm.report.layers import layer_charts
+from leannorm.report.precision import formats, tables
 from leannorm.report.rows import COLUMNS, details, names, rows, verdict
 
 try:
@@ -69,8 +70,11 @@ def _environment() -> jinja2.Environment:
         "points": wording.points,
         "number": wording.number,
         "significant": wording.significant,
+        "error": wording.error,
+        "formats": formats,
     }
     environment.globals["counted"] = wording.counted
+    environment.globals["precision_tables"] = tables
     return environment
 
 
@@ -88,7 +92,12 @@ def _charts(deployments: Sequence[Deployment], labels: Sequence[str]) -> tuple[C
         ]
 
     def by_file(metric: str) -> list[Bar]:
-        return [Bar(file.precision, label, i, getattr(file, metric)) for i, (label, d) in runs for file in d.files]
+        emulated = " (emulated)" if metric == "latency_ms" else ""
+        return [
+            Bar(file.precision + (emulated if file.emulated else ""), label, i, getattr(file, metric))
+            for i, (label, d) in runs
+            for file in d.files
+        ]
 
     trained = [Bar("trained, in PyTorch", label, i, d.reference_latency_ms) for i, (label, d) in runs]
     latencies = trained + by_file("latency_ms")

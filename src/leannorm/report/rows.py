@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from leannorm.report.precision import emulation, formats
 from leannorm.report.wording import NOT_MEASURED, counted, error, milliseconds, points, share, size
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def verdict(deployments: Sequence[Deployment]) -> Verdict:
         sentences=(
             *_sentences([file for deployment in deployments for file in deployment.files]),
             *(f"Pruning of {name} removed {_removed(d)}." for name, d in named if d.pruning is not None),
+            *(f"{name}: {formats(d.precision)}." for name, d in named if d.precision is not None),
         ),
         failures=tuple(f"{name}: {reason}" for name, d in named for reason in _reasons(d)),
     )
@@ -102,7 +104,7 @@ def _shipped(file: ShippedFile) -> Row:
         relative_error=error(file.verification.relative_error),
         normalization=f"{left:,}" if left else "none",
         size=size(file.bytes),
-        latency=milliseconds(file.latency_ms),
+        latency=milliseconds(file.latency_ms) + ("\nemulated" if file.emulated else ""),
         check="failed" if file.failures else "passed",
     )
 
@@ -113,7 +115,7 @@ def _facts(file: ShippedFile, deployment: Deployment) -> dict[str, str]:
         "Check": "failed" if file.failures else "passed",
         "Precision": file.precision,
         "Size": f"{size(file.bytes)}, {counted(file.bytes, 'byte', 'bytes')}",
-        "Latency at batch 1": milliseconds(file.latency_ms),
+        "Latency at batch 1": "; ".join((milliseconds(file.latency_ms), *map(emulation, file.emulated))),
         "PyTorch latency at batch 1": milliseconds(deployment.reference_latency_ms),
         "Normalization left": "\n".join(file.normalization_nodes) or "none",
         "Relative error": error(check.relative_error),
