@@ -307,6 +307,8 @@ def test_branches_that_do_not_fit_stay_two_convolutions(case, randomized):
         (lambda m, x: m.padded(m.bn(x)), "the zeros at the border of the conv2d after it would get no shift"),
         (lambda m, x: m.same(m.bn(x)), "the zeros at the border of the conv2d after it would get no shift"),
         (lambda m, x: m.up(m.bn(x)), "the shift would differ at the borders of the conv_transpose2d after it"),
+        (lambda m, x: m.spread(m.bn(x)), "the shift would differ between the positions of the conv_transpose2d after it"),
+        (lambda m, x: m.longer(m.bn(x)), "the shift would differ at the borders of the conv_transpose2d after it"),
         (lambda m, x: m.conv(y := m.bn(x)) + y[:, :, 1:-1, 1:-1], "after it cannot absorb it"),
         (lambda m, x: m.conv(m.bn(x)) + m.conv(x), "the conv2d after it shares its weight with conv2d_1"),
         (lambda m, x: m.conv(F.max_pool2d(m.bn(x), 2)), "mixes channels with other dimensions"),
@@ -329,6 +331,8 @@ def test_what_would_be_wrong_is_not_folded(forward, reason, randomized):
         padded=conv(padding=1),
         same=conv(padding="same"),
         up=nn.ConvTranspose2d(4, 4, 2),
+        spread=nn.ConvTranspose2d(4, 4, 1, stride=2),
+        longer=nn.ConvTranspose2d(4, 4, 1, dilation=2, output_padding=1),
         fc=nn.Linear(8, 3),
     )
     model = randomized(model).double()

@@ -269,9 +269,12 @@ def _at_inputs(folding: Folding, node: Node, user: Node, target: Affine, vector:
         return Plan(obstacle=f"the {target.name} after it takes channels from another dimension")
     weight, _ = target.values(folding.capture)
     if (vector.shift != 0).any() and weight.ndim > 2:
-        if target.inputs_first and math.prod(weight.shape[2:]) > 1:
-            return Plan(obstacle=f"the shift would differ at the borders of the {target.name} after it")
-        padding = arguments(user)["padding"]
+        bound = arguments(user)
+        spread = target.inputs_first and any(step != 1 for step in bound["stride"])
+        if spread or (target.inputs_first and (math.prod(weight.shape[2:]) > 1 or any(bound["output_padding"]))):
+            where = "between the positions" if spread else "at the borders"
+            return Plan(obstacle=f"the shift would differ {where} of the {target.name} after it")
+        padding = bound["padding"]
         if padding != "valid" and (isinstance(padding, str) or any(padding)):
             return Plan(obstacle=f"the zeros at the border of the {target.name} after it would get no shift")
     return Plan((Step(user, True, vector.scale, vector.shift),))
