@@ -307,7 +307,10 @@ def test_branches_that_do_not_fit_stay_two_convolutions(case, randomized):
         (lambda m, x: m.padded(m.bn(x)), "the zeros at the border of the conv2d after it would get no shift"),
         (lambda m, x: m.same(m.bn(x)), "the zeros at the border of the conv2d after it would get no shift"),
         (lambda m, x: m.up(m.bn(x)), "the shift would differ at the borders of the conv_transpose2d after it"),
-        (lambda m, x: m.spread(m.bn(x)), "the shift would differ between the positions of the conv_transpose2d after it"),
+        (
+            lambda m, x: m.spread(m.bn(x)),
+            "the shift would differ between the positions of the conv",
+        ),
         (lambda m, x: m.longer(m.bn(x)), "the shift would differ at the borders of the conv_transpose2d after it"),
         (lambda m, x: m.conv(y := m.bn(x)) + y[:, :, 1:-1, 1:-1], "after it cannot absorb it"),
         (lambda m, x: m.conv(m.bn(x)) + m.conv(x), "the conv2d after it shares its weight with conv2d_1"),
