@@ -170,7 +170,7 @@ def test_a_terminated_deploy_cleans_up_and_exits_by_convention(tmp_path):
         from leannorm import cli
         from leannorm.deploy import shipping
 
-        def deploy(checkpoint, *, data, out, overwrite):
+        def deploy(checkpoint, *, out, **options):
             with shipping._staged(out) as folder:
                 (folder / "model.fp32.onnx").write_bytes(b"half")
                 print(folder.name)

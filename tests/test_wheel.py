@@ -1,6 +1,6 @@
 """Where there is no compiler a wheel is built all the same, and its layers compute by ATen."""
 
-import importlib.util
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MISSING = [name for name in ("scikit_build_core", "pip") if importlib.util.find_spec(name) is None]
-if shutil.which("cmake") is None and importlib.util.find_spec("cmake") is None:
-    MISSING.append("cmake")
+INSTALLED = {distribution.name for distribution in importlib.metadata.distributions()}
+MISSING = {"scikit-build-core", "pip"} - INSTALLED
+if shutil.which("cmake") is None and "cmake" not in INSTALLED:
+    MISSING.add("cmake")
 
 USE = """
 import torch, leannorm
@@ -41,7 +42,7 @@ def run(*command, **environment):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(MISSING), reason=f"to build a wheel, {', '.join(MISSING)} would have to be installed")
+@pytest.mark.skipif(bool(MISSING), reason=f"to build a wheel, {', '.join(sorted(MISSING))} would have to be installed")
 def test_without_a_compiler_the_wheel_is_built_and_aten_serves(tmp_path):
     pip = (sys.executable, "-m", "pip", "--no-input", "--disable-pip-version-check")
     none = str(tmp_path / "no-compiler")

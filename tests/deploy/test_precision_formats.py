@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import precision_networks as networks
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from onnx import helper, numpy_helper
@@ -49,6 +49,7 @@ def test_the_limits_are_those_of_ieee_and_of_truncated_fp32():
 @given(FLOATS, st.floats(-100, 100), st.floats(0, 100))
 def test_activations_are_rounded_as_onnx_defines_it(values, low, width):
     scale, zero = formats.activation_scale(low, low + width)
+    assume(np.abs(values).max() < 2.0**31 * scale)  # beyond that ONNX's reference overflows
     nodes = [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"])]
     nodes += [helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"])]
     x, y = (helper.make_tensor_value_info(name, 1, [3, 4]) for name in "xy")

@@ -111,10 +111,10 @@ def _range(values: tuple[float, float] | None) -> str:
 
 def _verdict(kind: str, layer: LayerPrecision) -> str:
     """What became of a format that was not rejected; candidates stand in the order of their size."""
-    types = [candidate.type for candidate in layer.candidates]
     if kind == layer.type:
         return "chosen"
-    return "allowed alone, but not with the other layers" if types.index(kind) < types.index(layer.type) else "allowed"
+    types = [candidate.type for candidate in layer.candidates]
+    return "allowed alone, but not with the other layers" if layer.type in types[types.index(kind) :] else "allowed"
 
 
 def _maybe(value: float | None) -> str:
