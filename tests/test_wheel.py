@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-INSTALLED = {distribution.name for distribution in importlib.metadata.distributions()}
+INSTALLED = {distribution.name.replace("_", "-") for distribution in importlib.metadata.distributions()}
 MISSING = {"scikit-build-core", "pip"} - INSTALLED
 if shutil.which("cmake") is None and "cmake" not in INSTALLED:
     MISSING.add("cmake")
