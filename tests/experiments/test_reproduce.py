@@ -3,27 +3,23 @@
 import dataclasses
 import json
 import math
-import sys
 import tarfile
 from pathlib import Path
 
+import comparison
+import page
 import pytest
+import reproduce
+import runs
+import speed
+import trials
 from scipy import stats
+from trials import Arm, Scale, Trial
+
+import leannorm
+from leannorm.train.models import build
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
-
-import comparison  # noqa: E402
-import page  # noqa: E402
-import reproduce  # noqa: E402
-import runs  # noqa: E402
-import speed  # noqa: E402
-import trials  # noqa: E402
-from trials import Arm, Scale, Trial  # noqa: E402
-
-import leannorm  # noqa: E402
-from leannorm.train.models import build  # noqa: E402
-
 TINY = dataclasses.replace(trials.SCALES["tiny"], most_seeds=2)
 ARMS = (
     Arm("BN", "full", paper="0.93"),

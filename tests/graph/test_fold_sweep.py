@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
+import fold_sweep as experiment
 import pytest
 
 from leannorm import records
@@ -13,19 +13,6 @@ from leannorm.train.models import import_torchvision
 
 ROOT = Path(__file__).parents[2]
 FEW = ("torchvision:shufflenet_v2_x0_5", "torchvision:mnasnet0_5", "timm:repvgg_a0", "timm:levit_128s")
-
-
-def sweep_module():
-    spec = importlib.util.spec_from_file_location("fold_sweep", ROOT / "experiments" / "fold_sweep.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-experiment = sweep_module()
 
 
 def require_exact(swept):

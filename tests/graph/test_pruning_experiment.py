@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import itertools
 import json
-import sys
 from pathlib import Path
 
+import pruning as experiment
+
 ROOT = Path(__file__).parents[2]
-
-
-def experiment_module():
-    spec = importlib.util.spec_from_file_location("pruning_experiment", ROOT / "experiments" / "pruning.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-experiment = experiment_module()
 
 
 def test_every_channel_that_is_silenced_goes():

@@ -71,7 +71,8 @@ void finish_moments(const Call& call, const Partials& parts, Range range, float*
   const auto square_of = [&](int64_t part, int64_t c) { return parts.second[part * parts.channels + c]; };
   std::vector<double> means(range.size()), squares(range.size());
   for (int64_t part = 0; part < parts.parts; ++part)
-    for (int64_t i = 0; i < range.size(); ++i) means[i] += sum_of(part, range.begin + i) / count;
+    for (int64_t i = 0; i < range.size(); ++i) means[i] += sum_of(part, range.begin + i);
+  for (double& mean : means) mean /= count;
   for (int64_t part = 0; part < parts.parts; ++part) {
     const double weight = parts.counts[part];
     if (weight == 0) continue;
