@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from leannorm.activation import Activation
+    from leannorm.backends import empty_cache
     from leannorm.conversion import convert, explain, freeze, fuse, recalibrate, revert, tune, unfreeze
     from leannorm.deploy.precision import execute_plan, plan_precision
     from leannorm.deploy.verify import verify
@@ -63,6 +64,7 @@ _HOMES = {
     "VirtualDataset": "leannorm.statistics",
     "WeightedSum": "leannorm.statistics",
     "convert": "leannorm.conversion",
+    "empty_cache": "leannorm.backends",
     "execute_plan": "leannorm.deploy.precision",
     "explain": "leannorm.conversion",
     "fold": "leannorm.graph",
@@ -110,6 +112,7 @@ __all__ = [
     "VirtualDataset",
     "WeightedSum",
     "convert",
+    "empty_cache",
     "execute_plan",
     "explain",
     "fold",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from leannorm.backends import aten, conv_batch_norm, cpu, triton
+from leannorm.backends.cpu import empty_cache
 
-__all__ = ["aten", "conv_batch_norm", "cpu", "serving", "triton"]
+__all__ = ["aten", "conv_batch_norm", "cpu", "empty_cache", "serving", "triton"]
 
 
 def serving(x: Tensor, operator: str = "batch_norm") -> tuple[str, str | None]:

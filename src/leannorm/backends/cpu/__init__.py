@@ -6,12 +6,14 @@ The extension ``_kernels`` is built at install; without a compiler there is none
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from leannorm.backends import aten
 from leannorm.backends.memory import in_order_of, is_channels_last
@@ -29,6 +31,7 @@ available = _kernels is not None
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PLAIN = (Tensor, torch.nn.Parameter)
+_LEAST_KEPT = 1 << 20  # bytes; the C library itself keeps what is smaller
 _KINDS = ("", "relu", "clamp", "leaky_relu", "silu", "hardswish", "gelu", "gelu_tanh")  # as the kernels count them
 
 
@@ -66,6 +69,28 @@ def _plan_for(x: Tensor, like: Tensor, draw: Tensor | None, boxes: Sequence[int]
     return _plan(like.shape, like.stride(), tuple(boxes), tuple(weights), draw is not None)
 
 
+def _empty_like(x: Tensor) -> Tensor:
+    """Give `torch.empty_like`, for large tensors in memory that is kept; see `leannorm.empty_cache`."""
+    if x.dtype not in _DTYPES or x.nbytes < _LEAST_KEPT or "LEANNORM_NO_CPU_MEMORY_CACHING" in os.environ:
+        return torch.empty_like(x)
+    like = torch.empty_like(x, device="meta")
+    return from_dlpack(_kernels.kept_tensor(_DTYPES[x.dtype], like.shape, like.stride()))
+
+
+def empty_cache() -> None:
+    """Return to the system the memory that the native CPU kernels keep for their next results.
+
+    Results of 1 MiB and more lie in memory that is kept when they die, as PyTorch keeps it on a GPU; a result takes a
+    kept block of at most 1.25 times its size. What is kept and not in use is at most 1.25 times what was ever in use
+    at once, less what is in use. ``LEANNORM_NO_CPU_MEMORY_CACHING=1`` in the environment leaves all memory to PyTorch,
+    for instance where activations are resized in place, which is refused on kept memory.
+
+    >>> empty_cache()
+    """
+    if _kernels is not None:
+        _kernels.release()
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -86,7 +111,7 @@ def _activation(kind: str, parameters: Sequence[float]) -> tuple[int, float, flo
 
 
 def _batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters):
-    y = torch.empty_like(x)
+    y = _empty_like(x)
     plan = _plan_for(x, y, draw, boxes, weights)
     if plan is None:
         return aten.batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters)
@@ -117,7 +142,7 @@ def _batch_norm_backward(
     residual_gradient,
 ):
     without_output = takes_output(activation) and residual is not None and y is None  # no layer calls it so
-    dx = torch.empty_like(x)
+    dx = _empty_like(x)
     plan = None if without_output else _plan_for(x, dx, draw, boxes, weights)
     if plan is None:
         return aten.batch_norm_backward(
@@ -126,7 +151,7 @@ def _batch_norm_backward(
         )  # fmt: skip
     x, dy, residual, y = in_order_of(dx, x), in_order_of(dx, dy), _maybe_like(dx, residual), _maybe_like(dx, y)
     weight, bias = _per_channel(weight), _per_channel(bias)
-    dresidual = torch.empty_like(dx) if residual_gradient else None
+    dresidual = _empty_like(dx) if residual_gradient else None
     sum_g_xhat, sum_g = torch.empty_like(mean), torch.empty_like(mean)
     plan.batch_norm_backward(
         _DTYPES[x.dtype], _address(dy), _address(x), _address(residual), _address(y), _address(dx), _address(dresidual),

@@ -5,10 +5,13 @@
 
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "driver.hpp"
+#include "kept_tensor.hpp"
 #include "kernels.hpp"
+#include "pool.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -101,6 +104,14 @@ NB_MODULE(_kernels, m) {
            "channels_last"_a, "channels"_a, "sizes"_a, "boxes"_a, "shares"_a, "drawn"_a)
       .def("batch_norm", &leannorm::forward, nb::call_guard<nb::gil_scoped_release>())
       .def("batch_norm_backward", &leannorm::backward, nb::call_guard<nb::gil_scoped_release>());
+  m.def(
+      "kept_tensor",
+      [](int dtype, std::vector<int64_t> shape, std::vector<int64_t> strides) {
+        return leannorm::kept_tensor(static_cast<leannorm::Dtype>(dtype), std::move(shape), std::move(strides));
+      },
+      "dtype"_a, "shape"_a, "strides"_a);
+  m.def("idle_bytes", [] { return leannorm::pool().idle_bytes(); });
+  m.def("release", [] { leannorm::pool().release(); });
   m.def("instruction_sets", [] {
     std::vector<std::string> names;
     for (const auto& set : leannorm::instruction_sets()) names.push_back(set.name);
