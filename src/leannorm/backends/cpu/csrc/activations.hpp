@@ -1,4 +1,5 @@
-// Activations on vectors: y = act(z), and g = dy act'(z), where backward sees y in place of z if kTakesOutput.
+// Activations on vectors: y = act(z), and g = dy act'(z), where backward sees y in place of z if kTakesOutput. Then act'
+// has two values: `is_one` says of y whether it is 1, and `backward_where` takes that.
 //
 // NaN passes through each as it does in torch: comparisons are written so that they fail on NaN.
 #pragma once
@@ -33,6 +34,8 @@ struct Identity {
   explicit Identity(const Activation&) {}
   Vec operator()(Vec z) const { return z; }
   Vec backward(Vec dy, Vec) const { return dy; }
+  Int is_one(Vec) const { return ~Int{}; }
+  Vec backward_where(Vec dy, Int) const { return dy; }
 };
 
 struct Relu {
@@ -40,6 +43,8 @@ struct Relu {
   explicit Relu(const Activation&) {}
   Vec operator()(Vec z) const { return at_least(0.0f, z); }
   Vec backward(Vec dy, Vec at) const { return at <= 0.0f ? Vec{} : dy; }
+  Int is_one(Vec at) const { return ~(at <= 0.0f); }
+  Vec backward_where(Vec dy, Int one) const { return one ? dy : Vec{}; }
 };
 
 struct Clamp {
@@ -54,6 +59,8 @@ struct Clamp {
     const Vec g = at <= low ? Vec{} : dy;
     return at >= high ? Vec{} : g;
   }
+  Int is_one(Vec at) const { return ~((at <= low) | (at >= high)); }
+  Vec backward_where(Vec dy, Int one) const { return one ? dy : Vec{}; }
 };
 
 struct LeakyRelu {
@@ -62,6 +69,8 @@ struct LeakyRelu {
   explicit LeakyRelu(const Activation& a) : slope(broadcast(a.first)) {}
   Vec operator()(Vec z) const { return z > 0.0f ? z : z * slope; }
   Vec backward(Vec dy, Vec at) const { return at > 0.0f ? dy : dy * slope; }
+  Int is_one(Vec at) const { return at > 0.0f; }
+  Vec backward_where(Vec dy, Int one) const { return one ? dy : dy * slope; }
 };
 
 struct Hardswish {

@@ -62,6 +62,17 @@ void gather(const Scalar* p, const int64_t* offsets, int64_t count, int64_t spat
     for (int64_t r = 0; r < count; ++r) rows[r * width + c] = p[offsets[r]];
 }
 
+// The same of bits, whose offsets count from the tensor's beginning.
+inline void gather_bits(const uint8_t* bits, int64_t plane, const int64_t* offsets, int64_t count, int64_t spatial,
+                        int64_t width, uint8_t* rows) {
+  for (int64_t b = 0; b <= count * width / 8; ++b) rows[b] = 0;
+  for (int64_t c = 0; c < width; ++c, plane += spatial)
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t from = plane + offsets[r], to = r * width + c;
+      rows[to / 8] |= static_cast<uint8_t>((bits[from / 8] >> from % 8 & 1) << to % 8);
+    }
+}
+
 template <class Scalar>
 void scatter(Scalar* p, const int64_t* offsets, int64_t count, int64_t spatial, int64_t width, const Scalar* rows) {
   for (int64_t c = 0; c < width; ++c, p += spatial)

@@ -28,6 +28,12 @@ Places Plan::places(const int64_t* draw) const {
   });
 }
 
+int64_t Plan::sign_bytes() const {
+  constexpr int64_t kReadBeyond = 3;
+  const bool whole = channels_last ? rows::begin_at_whole_bytes(*this) : planes::begin_at_whole_bytes(*this);
+  return whole ? sizes[0] * channels * spatial() / 8 + kReadBeyond : 0;
+}
+
 void batch_norm(const Kernels& kernels, const Plan& plan, const Call& call, float* mean, float* var) {
   (plan.channels_last ? rows::batch_norm : planes::batch_norm)(kernels, plan, call, mean, var);
 }

@@ -22,6 +22,7 @@ struct Plan {
   Plan(bool channels_last, int64_t channels, std::vector<int64_t> sizes, std::vector<int64_t> boxes,
        std::vector<double> shares, bool drawn);
   int64_t spatial() const;
+  int64_t sign_bytes() const;  // of all elements; 0 where stretches of memory begin within a byte
   Places places(const int64_t* draw) const;
 };
 

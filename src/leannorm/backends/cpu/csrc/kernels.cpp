@@ -81,6 +81,7 @@ template <class T, bool kResidual, class Act, class Value, class Rows>
 void forward(const Tensors& t, const Act& act, const Point<Value>& point, int64_t offset, int64_t n, Rows rows) {
   const auto *x = at<T>(t.x, offset), *residual = at<T>(t.residual, offset);
   auto* y = at<T>(t.out, offset);
+  uint8_t* const signs = t.signs;
   const bool around_caches = t.stream;
   const Prefetch<typename T::Scalar> prefetch(n, rows.value);
   each_vector(n, [&](int64_t i, auto lanes) {
@@ -94,7 +95,10 @@ void forward(const Tensors& t, const Act& act, const Point<Value>& point, int64_
         prefetch(residual + k);
         z += load<T>(residual + k, lanes);
       }
-      put<T>(y + k, act(z), around_caches, lanes);
+      const Vec value = act(z);
+      put<T>(y + k, value, around_caches, lanes);
+      if constexpr (kResidual && Act::kTakesOutput)
+        if (signs) store_bits(signs, offset + k, bits_where(act.is_one(T::unpack(T::pack(value)))), lanes);
     }
   });
 }
@@ -130,24 +134,38 @@ void forward_planes(const Tensors& t, const Channels& channels, const Geometry& 
 
 // Backward
 
-template <class T, bool kExtra, class Act>
+// What tells act' beside x: nothing; the residual, or the output where the activation takes it; or the signs.
+enum class Extra { none, tensor, signs };
+
+template <class T, Extra kExtra, class Act>
 struct Gradient {
   const Act& act;
-  const typename T::Scalar *dy, *extra;  // extra: the residual, or the output where the activation takes it
+  const typename T::Scalar *dy, *extra;
+  const uint8_t* signs;
+  int64_t offset;
 
   Gradient(const Tensors& t, const Act& act, int64_t offset)
-      : act(act), dy(at<T>(t.dy, offset)), extra(at<T>(Act::kTakesOutput ? t.y : t.residual, offset)) {}
+      : act(act),
+        dy(at<T>(t.dy, offset)),
+        extra(at<T>(Act::kTakesOutput ? t.y : t.residual, offset)),
+        signs(t.signs),
+        offset(offset) {}
 
-  template <class Load>
-  Vec operator()(Vec centred, Vec scale, Vec bias, Load load_from) const {
-    if constexpr (kExtra && Act::kTakesOutput) return act.backward(load_from(dy), load_from(extra));
-    Vec z = centred * scale + bias;
-    if constexpr (kExtra) z += load_from(extra);
-    return act.backward(load_from(dy), z);
+  template <class Lanes>
+  Vec operator()(int64_t k, Lanes lanes, Vec centred, Vec scale, Vec bias) const {
+    const Vec incoming = load<T>(dy + k, lanes);
+    if constexpr (kExtra == Extra::signs) return act.backward_where(incoming, where_bits(load_bits(signs, offset + k)));
+    else if constexpr (kExtra == Extra::tensor && Act::kTakesOutput)
+      return act.backward(incoming, load<T>(extra + k, lanes));
+    else {
+      Vec z = centred * scale + bias;
+      if constexpr (kExtra == Extra::tensor) z += load<T>(extra + k, lanes);
+      return act.backward(incoming, z);
+    }
   }
 };
 
-template <class T, Backward kMode, bool kExtra, class Act, class Value, class Accumulator, class Rows>
+template <class T, Backward kMode, Extra kExtra, class Act, class Value, class Accumulator, class Rows>
 void backward(const Tensors& t, const Act& act, const Point<Value>& point, int64_t offset, int64_t n, Rows rows,
               Accumulator& sums, float weight = 1.0f) {
   const auto* x = at<T>(t.x, offset);
@@ -164,9 +182,9 @@ void backward(const Tensors& t, const Act& act, const Point<Value>& point, int64
       const int64_t k = r * n + i;
       prefetch(x + k);
       prefetch(gradient.dy + k);
-      if constexpr (kExtra) prefetch(gradient.extra + k);
+      if constexpr (kExtra == Extra::tensor) prefetch(gradient.extra + k);
       const Vec centred = load<T>(x + k, lanes) - mean;
-      const Vec g = gradient(centred, scale, bias, [&](const auto* p) { return load<T>(p + k, lanes); });
+      const Vec g = gradient(k, lanes, centred, scale, bias);
       if constexpr (kMode != Backward::exact) {
         sum += g;
         sum_centred += g * centred;
@@ -195,8 +213,10 @@ template <class Body>
 void with_gradient(const Tensors& t, Body body) {
   with_dtype(t.dtype, [&]<class T>(T) {
     with_activation(t.activation, [&]<class Act>(Act act) {
-      if (Act::kTakesOutput ? t.y : t.residual) body.template operator()<T, true>(act);
-      else body.template operator()<T, false>(act);
+      if constexpr (Act::kTakesOutput)
+        if (t.signs) return body.template operator()<T, Extra::signs>(act);
+      if (Act::kTakesOutput ? t.y : t.residual) body.template operator()<T, Extra::tensor>(act);
+      else body.template operator()<T, Extra::none>(act);
     });
   });
 }
@@ -204,7 +224,7 @@ void with_gradient(const Tensors& t, Body body) {
 void backward_rows(const Tensors& t, const Channels& channels, Backward mode, int64_t offset, int64_t rows,
                    int64_t width, Sums totals, float* scratch) {
   const int64_t part = scratch_size(width) / 3;
-  with_gradient(t, [&]<class T, bool kExtra>(auto act) {
+  with_gradient(t, [&]<class T, Extra kExtra>(auto act) {
     with_mode(mode, [&]<Backward kMode>() {
       const auto point = point_of(channels);
       LaneSums sums{scratch, scratch + part};
@@ -224,7 +244,7 @@ void backward_rows(const Tensors& t, const Channels& channels, Backward mode, in
 
 void backward_planes(const Tensors& t, const Channels& channels, Backward mode, const Geometry& geometry,
                      Pieces pieces, Sums totals) {
-  with_gradient(t, [&]<class T, bool kExtra>(auto act) {
+  with_gradient(t, [&]<class T, Extra kExtra>(auto act) {
     with_mode(mode, [&]<Backward kMode>() {
       each_piece(geometry, pieces, [&](int64_t channel, Run piece) {
         const auto point = point_of(channels, channel);
@@ -243,7 +263,7 @@ void backward_planes(const Tensors& t, const Channels& channels, Backward mode, 
 
 // Correction of sampled elements: computed anew from x and dy, so that dx is rounded once.
 
-template <class T, bool kExtra, class Act>
+template <class T, Extra kExtra, class Act>
 void correct(const Tensors& t, const Act& act, const Channels& channels, int64_t width, Sampled sampled) {
   const auto point = point_of(channels);
   LaneSums unused{};
@@ -253,19 +273,21 @@ void correct(const Tensors& t, const Act& act, const Channels& channels, int64_t
 }
 
 void correct_rows(const Tensors& t, const Channels& channels, int64_t width, Sampled sampled) {
-  with_gradient(t, [&]<class T, bool kExtra>(auto act) { correct<T, kExtra>(t, act, channels, width, sampled); });
+  with_gradient(t, [&]<class T, Extra kExtra>(auto act) { correct<T, kExtra>(t, act, channels, width, sampled); });
 }
 
 void correct_planes(const Tensors& t, const Channels& channels, int64_t spatial, int64_t begin, int64_t end,
                     Sampled sampled) {
-  with_gradient(t, [&]<class T, bool kExtra, class Act>(Act act) {
+  with_gradient(t, [&]<class T, Extra kExtra, class Act>(Act act) {
     using Scalar = typename T::Scalar;
     constexpr int64_t kRowsAtOnce = kBlockRows / 4;  // four buffers, and the cache holds them
     Scalar x[kRowsAtOnce * kColumns], dy[kRowsAtOnce * kColumns], extra[kRowsAtOnce * kColumns],
         dx[kRowsAtOnce * kColumns];
     Tensors rows = t;
     rows.x = x, rows.dy = dy, rows.out = dx, rows.dresidual = nullptr;
-    if constexpr (kExtra) (Act::kTakesOutput ? rows.y : rows.residual) = extra;
+    if constexpr (kExtra == Extra::tensor) (Act::kTakesOutput ? rows.y : rows.residual) = extra;
+    uint8_t signs[kRowsAtOnce * kColumns / 8 + 4];
+    if constexpr (kExtra == Extra::signs) rows.signs = signs;
     each_columns(begin, end, [&](int64_t channel, int64_t width) {
       int64_t starts[kRowsAtOnce];
       for (int64_t r = 0; r < kRowsAtOnce; ++r) starts[r] = r * width;
@@ -277,7 +299,8 @@ void correct_planes(const Tensors& t, const Channels& channels, int64_t spatial,
         };
         fetch(t.x, x);
         fetch(t.dy, dy);
-        if constexpr (kExtra) fetch(Act::kTakesOutput ? t.y : t.residual, extra);
+        if constexpr (kExtra == Extra::tensor) fetch(Act::kTakesOutput ? t.y : t.residual, extra);
+        if constexpr (kExtra == Extra::signs) gather_bits(t.signs, plane, sampled.offsets + first, count, spatial, width, signs);
         correct<T, kExtra>(rows, act, from(channels, channel), width, {starts, sampled.weights + first, count});
         scatter(at<T>(t.out, plane), sampled.offsets + first, count, spatial, width, dx);
       }
@@ -287,7 +310,7 @@ void correct_planes(const Tensors& t, const Channels& channels, int64_t spatial,
 
 void correct_runs(const Tensors& t, const Channels& channels, int64_t spatial, int64_t begin, int64_t end,
                   Runs sampled) {
-  with_gradient(t, [&]<class T, bool kExtra>(auto act) {
+  with_gradient(t, [&]<class T, Extra kExtra>(auto act) {
     PlaneSums unused;
     for (int64_t channel = begin; channel < end; ++channel) {
       const auto point = point_of(channels, channel);

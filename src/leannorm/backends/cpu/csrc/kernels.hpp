@@ -7,6 +7,7 @@
 //   position    of a sampled element: a sample and a place in its map, which all channels share
 //   z           (x - mean) scale + bias + residual;  y = act(z);  g = dy act'(z)
 //   dx          scale g - weight (centre + slope (x - mean)), weight 1 except in `correct`
+//   signs       one bit an element, at its offset: whether act' is 1 there; else it is another constant
 #pragma once
 
 #include <cstdint>
@@ -41,6 +42,7 @@ struct Tensors {
   const void* y;         // backward's alternative to the residual, for activations that take their output; may be null
   void* out;             // y in forward, dx in backward
   void* dresidual;       // may be null
+  uint8_t* signs;        // forward writes them, backward takes them in place of y; may be null
   bool stream;           // the outputs exceed the caches: write around them
 };
 

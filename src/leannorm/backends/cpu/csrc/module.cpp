@@ -61,8 +61,8 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-void forward(const Plan& plan, int dtype, Address x, Address residual, Address y, Address weight, Address bias,
-             Address mean, Address var, Address draw, double eps, int kind, float first, float second) {
+void forward(const Plan& plan, int dtype, Address x, Address residual, Address y, Address signs, Address weight,
+             Address bias, Address mean, Address var, Address draw, double eps, int kind, float first, float second) {
   const Tensors tensors{.dtype = static_cast<Dtype>(dtype),
                         .activation = {static_cast<Kind>(kind), first, second},
                         .x = pointer<void>(x),
@@ -71,13 +71,14 @@ void forward(const Plan& plan, int dtype, Address x, Address residual, Address y
                         .y = nullptr,
                         .out = pointer<void>(y),
                         .dresidual = nullptr,
+                        .signs = pointer<uint8_t>(signs),
                         .stream = false};
   const Call call{tensors, pointer<int64_t>(draw), pointer<float>(weight), pointer<float>(bias), eps};
   batch_norm(chosen.of(dtype), plan, call, pointer<float>(mean), pointer<float>(var));
 }
 
-void backward(const Plan& plan, int dtype, Address dy, Address x, Address residual, Address y, Address dx,
-              Address dresidual, Address weight, Address bias, Address mean, Address var, Address sum_g_xhat,
+void backward(const Plan& plan, int dtype, Address dy, Address x, Address residual, Address y, Address signs,
+              Address dx, Address dresidual, Address weight, Address bias, Address mean, Address var, Address sum_g_xhat,
               Address sum_g, Address draw, double eps, int kind, float first, float second) {
   const Tensors tensors{.dtype = static_cast<Dtype>(dtype),
                         .activation = {static_cast<Kind>(kind), first, second},
@@ -87,6 +88,7 @@ void backward(const Plan& plan, int dtype, Address dy, Address x, Address residu
                         .y = pointer<void>(y),
                         .out = pointer<void>(dx),
                         .dresidual = pointer<void>(dresidual),
+                        .signs = pointer<uint8_t>(signs),
                         .stream = false};
   const Call call{tensors, pointer<int64_t>(draw), pointer<float>(weight), pointer<float>(bias), eps};
   batch_norm_backward(chosen.of(dtype), plan, call, pointer<float>(mean), pointer<float>(var),
@@ -102,6 +104,7 @@ NB_MODULE(_kernels, m) {
   nb::class_<Plan>(m, "Plan")
       .def(nb::init<bool, int64_t, std::vector<int64_t>, std::vector<int64_t>, std::vector<double>, bool>(),
            "channels_last"_a, "channels"_a, "sizes"_a, "boxes"_a, "shares"_a, "drawn"_a)
+      .def("sign_bytes", &Plan::sign_bytes)
       .def("batch_norm", &leannorm::forward, nb::call_guard<nb::gil_scoped_release>())
       .def("batch_norm_backward", &leannorm::backward, nb::call_guard<nb::gil_scoped_release>());
   m.def(

@@ -97,6 +97,8 @@ void correct(const Kernels& kernels, const Tensors& t, const Team& team, const C
 
 }  // namespace
 
+bool planes::begin_at_whole_bytes(const Plan& plan) { return Planes(plan).stretch() % 8 == 0; }
+
 void planes::batch_norm(const Kernels& kernels, const Plan& plan, const Call& call, float* mean, float* var) {
   const Planes layout(plan);
   const Sample places(plan, call.draw);

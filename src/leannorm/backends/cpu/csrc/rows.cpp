@@ -87,6 +87,8 @@ void backward_pass(const Kernels& kernels, const Tensors& t, const Rows& layout,
 
 }  // namespace
 
+bool rows::begin_at_whole_bytes(const Plan& plan) { return plan.channels % 8 == 0; }
+
 void rows::batch_norm(const Kernels& kernels, const Plan& plan, const Call& call, float* mean, float* var) {
   const Rows layout(plan);
   const Sample places(plan, call.draw);

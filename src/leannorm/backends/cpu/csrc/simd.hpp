@@ -30,6 +30,30 @@ inline Vec broadcast(float value) { return Vec{} + value; }
 inline Bits bits_of(Vec v) { return (Bits)v; }
 inline Vec float_of(Bits b) { return (Vec)b; }
 
+// The lanes of a comparison as bits, the first lane in the lowest; and back.
+
+inline uint32_t bits_where(Int comparison) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)comparison);
+#elif defined(__AVX__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)comparison));
+#else
+  uint32_t bits = 0;
+  for (int l = 0; l < kLanes; ++l) bits |= (comparison[l] & 1u) << l;
+  return bits;
+#endif
+}
+
+inline Int where_bits(uint32_t bits) {
+#if defined(__AVX512F__)
+  return (Int)_mm512_movm_epi32(static_cast<__mmask16>(bits));
+#else
+  Int lane_bits{};
+  for (int l = 0; l < kLanes; ++l) lane_bits[l] = 1 << l;  // a constant
+  return ((Int{} + static_cast<int32_t>(bits)) & lane_bits) != 0;
+#endif
+}
+
 inline float sum_of(Vec v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);
@@ -119,6 +143,24 @@ struct All {
 struct Some {
   int count;
 };
+
+// Bits of the lanes of a vector whose first element has this offset. They are written in whole bytes, so that vectors
+// begin at multiples of the smaller of their lanes and eight.
+
+template <class Lanes>
+void store_bits(uint8_t* bits, int64_t offset, uint32_t value, Lanes lanes) {
+  bits += offset / 8;
+  if (kLanes < 8 && offset % 8) bits[0] |= static_cast<uint8_t>(value << offset % 8);
+  else
+    for (int b = 0; 8 * b < lanes.count; ++b) bits[b] = static_cast<uint8_t>(value >> 8 * b);
+}
+
+// Reads up to three bytes further than the last bit.
+inline uint32_t load_bits(const uint8_t* bits, int64_t offset) {
+  uint32_t value;
+  std::memcpy(&value, bits + offset / 8, sizeof value);
+  return value >> offset % 8;
+}
 
 inline Vec keep_first(Vec v, All) { return v; }
 
