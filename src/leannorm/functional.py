@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import leannorm.backends  # noqa: F401 - registers the kernels of torch.ops.leannorm
 from leannorm.activation import Activation, as_activation
-from leannorm.ops import autograd, definition
+from leannorm.backends import cpu
+from leannorm.ops import autograd, definition, eager
 from leannorm.ops.conv_batch_norm import memory_format, output_shape
 from leannorm.ops.definition import activate
 from leannorm.statistics import FullBatch, Regions, Statistics
@@ -194,9 +194,11 @@ def normalize(
     residual: Tensor | None = None,
     activation: str | Activation | None = None,
 ) -> Tensor:
-    """Normalize with given statistics (or, where they are None, the batch's own), by PyTorch's own operators alone.
+    """Normalize with given statistics (or, where they are None, the batch's own), as a layer does in eval mode.
 
-    What a layer computes in eval mode: it exports to plain operators. Arguments as in `batch_norm`.
+    In eager mode one native operator computes all of it where it takes the call. PyTorch's own operators compute it
+    elsewhere, so that it exports, compiles and traces to plain operators. Arguments as in `batch_norm`; the statistics
+    are constants.
 
     Raises:
         TypeError: for an input that is not floating.
@@ -209,10 +211,14 @@ def normalize(
         wide = torch.float64 if input.dtype == torch.float64 else torch.float32
         parameters = [None if p is None else p.to(wide) for p in parameters]
     mean, var, weight, bias = parameters
+    kind = _kind(activation)
+    if mean is not None and var is not None and _is_native(input, (mean, var), (weight, bias, residual)):
+        dtype = torch.float32
+        return autograd.normalize(input, mean.to(dtype), var.to(dtype), weight, bias, residual, eps, *kind)
     y = F.batch_norm(input, mean, var, weight, bias, mean is None, 0.0, eps)
     if residual is not None:
         y = y + residual
-    return activate(y, *_kind(activation))
+    return activate(y, *kind)
 
 
 def transform(
@@ -233,6 +239,16 @@ def transform(
     _check(input.shape, input.dtype, weight, bias, residual)
     kind, parameters = _kind(activation)
     return definition.transform(normalized, weight, bias, residual, kind, parameters).to(input.dtype)
+
+
+def _is_native(x: Tensor, statistics: Sequence[Tensor], others: Sequence[Tensor | None]) -> bool:
+    """Whether one native operator computes a call with given statistics: nothing watches, and it takes all tensors."""
+    return (
+        eager.kernel("normalize", x) is not None
+        and cpu.takes(x)
+        and all(t.shape == (x.shape[1],) and t.device == x.device for t in statistics)
+        and all(t is None or t.device == x.device for t in others)
+    )
 
 
 def _kind(activation: str | Activation | None) -> tuple[str, tuple[float, ...]]:

@@ -1,4 +1,4 @@
-"""Native CPU kernels of the two fused operators; whatever they do not take goes to the ATen back end, call by call.
+"""Native CPU kernels of the fused operators; whatever they do not take goes to the ATen back end, call by call.
 
 The extension ``_kernels`` is built at install; without a compiler there is none, and ATen serves everything.
 """
@@ -47,6 +47,20 @@ def why_not(x: Tensor) -> str | None:
     if is_channels_last(torch.empty_like(x, device="meta")) is None:
         return f"the input's memory order is neither contiguous nor channels-last, its strides are {x.stride()}"
     return None
+
+
+def takes(x: Tensor) -> bool:
+    """Say whether `why_not` has no reason, quicker."""
+    plain = available and x.dtype in _DTYPES and type(x) in _PLAIN and x.device.type == "cpu"
+    return plain and _takes_order(x.shape, x.stride())
+
+
+@lru_cache(maxsize=4096)
+def _takes_order(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    return (
+        0 not in shape
+        and is_channels_last(torch.empty_like(torch.empty_strided(shape, strides, device="meta"))) is not None
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -136,6 +150,42 @@ def _batch_norm_backward(
     return dx, sum_g_xhat, sum_g, x.new_empty(0) if dresidual is None else dresidual
 
 
+def _normalize(x, mean, var, weight, bias, residual, eps, activation, parameters):
+    y = torch.empty_like(x)
+    plan = _plan_for(x, y, None, (), ())
+    if plan is None:
+        return aten.kernels["normalize"](x, mean, var, weight, bias, residual, eps, activation, parameters)
+    x, residual, weight, bias = in_order_of(y, x), _maybe_like(y, residual), _per_channel(weight), _per_channel(bias)
+    mean, var = _per_channel(mean), _per_channel(var)
+    plan.normalize(
+        _DTYPES[x.dtype], _address(x), _address(residual), _address(y), _address(weight), _address(bias),
+        _address(mean), _address(var), 0, eps, *_activation(activation, parameters),
+    )  # fmt: skip
+    return y
+
+
+def _backward_fused(dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters, residual_gradient):
+    without_output = takes_output(activation) and residual is not None and y is None
+    dx = torch.empty_like(x)
+    plan = None if without_output else _plan_for(x, dx, None, (), ())
+    if plan is None:
+        return aten.kernels["backward_fused"](
+            dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters, residual_gradient
+        )
+    x, dy, residual, y = in_order_of(dx, x), in_order_of(dx, dy), _maybe_like(dx, residual), _maybe_like(dx, y)
+    weight, bias, mean, var = map(_per_channel, (weight, bias, mean, var))
+    dresidual = torch.empty_like(dx) if residual_gradient else None
+    sum_g_xhat, sum_g = torch.empty_like(mean), torch.empty_like(mean)
+    plan.backward_fused(
+        _DTYPES[x.dtype], _address(dy), _address(x), _address(residual), _address(y), _address(dx), _address(dresidual),
+        _address(weight), _address(bias), _address(mean), _address(var), _address(sum_g_xhat), _address(sum_g),
+        0, eps, *_activation(activation, parameters),
+    )  # fmt: skip
+    return dx, sum_g_xhat, sum_g, x.new_empty(0) if dresidual is None else dresidual
+
+
 if available:
     eager.register("batch_norm", _batch_norm, "cpu")
     eager.register("batch_norm_backward", _batch_norm_backward, "cpu")
+    eager.register("normalize", _normalize, "cpu")
+    eager.register("backward_fused", _backward_fused, "cpu")
