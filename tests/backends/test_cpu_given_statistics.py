@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import leannorm
 from cases import ACTIVATIONS, CASES, Case
@@ -83,9 +83,9 @@ def assert_agrees(case, dtype, activation, *, residual, seed=0):
     found, exact = results(ours, given, dy, activation), results(torchs, given, dy, activation, torch.float64)
     peer = results(torchs, given, dy, activation)
     for name, a, theirs, truth in zip(("y", "dx", "dweight", "dbias", "dresidual"), found, peer, exact, strict=False):
-        unit = torch.finfo(torch.float32).eps * max(1, dy.numel() ** 0.5 if name in ("dweight", "dbias") else 1)
-        error, bound = (a - truth).abs().max(), 2 * (theirs - truth).abs().max()
-        assert error <= bound + 4 * unit * (1 + case.offset) * (1 + truth.abs().max()), name
+        floor = 2e-6 * (1 + case.offset) * (1 + truth.abs().max())  # one element's error would be luck
+        error, bound = (a - truth).abs().max(), 2 * (theirs - truth).abs().max() + floor
+        assert error <= bound, f"{name}: error {error}, bound {bound}"
 
 
 @native
@@ -133,8 +133,8 @@ def test_nonfinite_values_stay_in_their_place(instruction_set, layout, bad):
     *given, dy = problem(Case("", (3, 19, 7, 9), layout), torch.float32, residual=False)
     given[0][1, 4, 2, 3] = bad
     for activation in ACTIVATIONS:
-        found, wanted = (results(f, given, dy, activation) for f in (ours, torchs))
-        torch.testing.assert_close(found[0], wanted[0], rtol=2e-6, atol=2e-6, equal_nan=True)
+        found, wanted = results(ours, given, dy, activation), results(torchs, given, dy, activation, torch.float64)
+        torch.testing.assert_close(found[0], wanted[0], rtol=4e-6, atol=4e-6, equal_nan=True)
         assert all(torch.equal(a.isfinite(), b.isfinite()) for a, b in zip(found[1:], wanted[1:], strict=True))
 
 
@@ -179,7 +179,7 @@ def test_what_the_native_operator_does_not_take_goes_to_torch(monkeypatch, reaso
     assert reason not in refused or reason in cpu.why_not(x)
     layer = leannorm.BatchNorm2d(x.shape[1], activation="silu", dtype=x.dtype).eval()
     x.requires_grad_()
-    with TorchDispatchMode() if reason == "a dispatch mode" else nullcontext():
+    with FlopCounterMode(display=False) if reason == "a dispatch mode" else nullcontext():
         y = layer(x)
     assert calls == []
     y.sum().backward()
@@ -188,9 +188,7 @@ def test_what_the_native_operator_does_not_take_goes_to_torch(monkeypatch, reaso
 
 
 @native
-@pytest.mark.filterwarnings(
-    "ignore::torch.jit.TracerWarning", r"ignore:.torch\.jit\.trace.*deprecated:DeprecationWarning"
-)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", r"ignore:.torch\.jit\..*deprecated:DeprecationWarning")
 @pytest.mark.parametrize("how", ["export", "strict export", "make_fx", "compile", "jit.trace", "vmap", "jvp", "dual"])
 def test_what_records_or_transforms_a_call_sees_plain_operators(monkeypatch, how):
     calls = counted(monkeypatch)
@@ -212,7 +210,7 @@ def test_what_records_or_transforms_a_call_sees_plain_operators(monkeypatch, how
                 torch._dynamo.reset()
                 torch.compile(layer, fullgraph=True, backend=backend)(x)
             case "jit.trace":
-                assert "leannorm" not in str(torch.jit.trace(layer, x).inlined_graph)
+                assert "leannorm::" not in str(torch.jit.trace(layer, x).inlined_graph)
             case "vmap":
                 torch.vmap(lambda one: layer(one[None]))(x)
             case "jvp":
