@@ -221,6 +221,35 @@ def normalize(
     return activate(y, *kind)
 
 
+def scale_shift(
+    input: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    activation: str = "",
+    parameters: Sequence[float] = (),
+) -> Tensor:
+    """Compute act(scale x + shift + residual) with constants a channel: what `leannorm.fold` leaves of a normalization.
+
+    One native operator in eager mode, PyTorch's own operators elsewhere, as in `normalize`. ``scale`` and ``shift`` are
+    (C, 1, ...), to be multiplied by the input; the activation is given by its kind and parameters.
+
+    >>> x = torch.tensor([[1.0, -2.0]])
+    >>> scale_shift(x, torch.tensor([2.0, 3.0]), torch.tensor([0.5, 1.0]), None, "relu")
+    tensor([[2.5000, 0.0000]])
+    """
+    if (
+        _is_native(input, (), (scale, shift, residual))
+        and scale.numel() == shift.numel() == input.shape[1]
+        and (residual is None or (residual.shape, residual.dtype) == (input.shape, input.dtype))
+    ):
+        zeros = scale.new_zeros(input.shape[1], dtype=torch.float32)
+        constants = zeros, torch.ones_like(zeros), scale.flatten(), shift.flatten()
+        return autograd.normalize(input, *constants, residual, 0.0, activation, parameters)
+    y = torch.addcmul(shift, scale, input)
+    return activate(y if residual is None else y + residual, activation, parameters)
+
+
 def transform(
     normalized: Tensor,
     input: Tensor,
