@@ -128,7 +128,7 @@ def _explained(name: str, module: nn.Module, call: _Call, fusing: _Fusing) -> La
         reasons = call.reasons if module.frozen else (*call.reasons, _EVAL)
         fused = fusing.done and call.served_by != (_PYTORCH,)
         operator = fusing.action(name, module).removeprefix("convolution + ") if fused else call.operator
-        return LayerExplanation(name, kind, source, operator, *call.served_by, reasons)
+        return LayerExplanation(name, kind, source, operator, ", ".join(call.served_by), reasons)
     reasons = list(call.reasons)
     if isinstance(module, MethodNorm):
         if not call.served_by:

@@ -35,8 +35,8 @@ def _backward(ctx, dy, _dmean, _dvar):
     x_needed, weight_needed, bias_needed, residual_needed = ctx.needs_input_grad[:4]
     if torch.is_grad_enabled():
 
-        def forward(*inputs):
-            return definition.batch_norm(*inputs[:4], draw, boxes, weights, eps, *inputs[4:])[0]
+        def forward(x, weight, bias, residual, *activation):
+            return definition.batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, *activation)[0]
 
         return *_differentiable_gradients(ctx, dy, ctx.needs_input_grad[:4], forward), *(None,) * 6
     backward = eager.kernel("batch_norm_backward", x, dy) or torch.ops.leannorm.batch_norm_backward
@@ -121,8 +121,8 @@ def _normalize_backward(ctx, dy):
     eps, activation, parameters = ctx.point
     if torch.is_grad_enabled():
 
-        def forward(x, *others):
-            return definition.normalize(x, mean, var, *others[:3], eps, *others[3:])
+        def forward(x, weight, bias, residual, *activation):
+            return definition.normalize(x, mean, var, weight, bias, residual, eps, *activation)
 
         dx, *others = _differentiable_gradients(ctx, dy, (x_needed, *others_needed), forward)
         return dx, None, None, *others, *(None,) * 3
@@ -156,8 +156,8 @@ class _Normalize(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx, dy):
-        return (*_normalize_backward(ctx, dy), None)
+    def backward(ctx, *gradients):
+        return (*_normalize_backward(ctx, *gradients), None)
 
 
 def normalize(x: Tensor, *others) -> Tensor:

@@ -173,9 +173,9 @@ def _backward_fused(dy, x, mean, var, weight, bias, residual, y, eps, activation
             dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters, residual_gradient
         )
     x, dy, residual, y = in_order_of(dx, x), in_order_of(dx, dy), _maybe_like(dx, residual), _maybe_like(dx, y)
-    weight, bias, mean, var = map(_per_channel, (weight, bias, mean, var))
+    weight, bias, mean, var = _per_channel(weight), _per_channel(bias), _per_channel(mean), _per_channel(var)
     dresidual = torch.empty_like(dx) if residual_gradient else None
-    sum_g_xhat, sum_g = torch.empty_like(mean), torch.empty_like(mean)
+    sum_g_xhat, sum_g = (torch.empty(x.shape[1], dtype=torch.float32) for _ in range(2))
     plan.backward_fused(
         _DTYPES[x.dtype], _address(dy), _address(x), _address(residual), _address(y), _address(dx), _address(dresidual),
         _address(weight), _address(bias), _address(mean), _address(var), _address(sum_g_xhat), _address(sum_g),
