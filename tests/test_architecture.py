@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "functional": {"activation", "backends", "ops", "statistics"},
     "nn": {"activation", "functional", "methods", "ops", "statistics"},
     "conversion": {"activation", "backends", "methods", "nn", "ops", "records", "statistics"},
-    "graph": {"nn", "records"},
+    "graph": {"functional", "nn", "records"},
     "quantize": {"nn", "records"},
     "report": {"records"},
     "train": {"conversion", "methods", "nn", "ops", "records", "spelling", "statistics"},

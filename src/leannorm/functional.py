@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import leannorm.backends  # noqa: F401 - registers the kernels of torch.ops.leannorm
 from leannorm.activation import Activation, as_activation
-from leannorm.ops import autograd, definition
+from leannorm.backends import cpu
+from leannorm.ops import autograd, definition, eager
 from leannorm.ops.conv_batch_norm import memory_format, output_shape
 from leannorm.ops.definition import activate
 from leannorm.statistics import FullBatch, Regions, Statistics
@@ -194,9 +194,11 @@ def normalize(
     residual: Tensor | None = None,
     activation: str | Activation | None = None,
 ) -> Tensor:
-    """Normalize with given statistics (or, where they are None, the batch's own), by PyTorch's own operators alone.
+    """Normalize with given statistics (or, where they are None, the batch's own), as a layer does in eval mode.
 
-    What a layer computes in eval mode: it exports to plain operators. Arguments as in `batch_norm`.
+    In eager mode one native operator computes all of it where it takes the call. PyTorch's own operators compute it
+    elsewhere, so that it exports, compiles and traces to plain operators. Arguments as in `batch_norm`; the statistics
+    are constants.
 
     Raises:
         TypeError: for an input that is not floating.
@@ -209,10 +211,43 @@ def normalize(
         wide = torch.float64 if input.dtype == torch.float64 else torch.float32
         parameters = [None if p is None else p.to(wide) for p in parameters]
     mean, var, weight, bias = parameters
+    kind = _kind(activation)
+    if mean is not None and var is not None and _is_native(input, (mean, var), (weight, bias, residual)):
+        dtype = torch.float32
+        return autograd.normalize(input, mean.to(dtype), var.to(dtype), weight, bias, residual, eps, *kind)
     y = F.batch_norm(input, mean, var, weight, bias, mean is None, 0.0, eps)
     if residual is not None:
         y = y + residual
-    return activate(y, *_kind(activation))
+    return activate(y, *kind)
+
+
+def scale_shift(
+    input: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    activation: str = "",
+    parameters: Sequence[float] = (),
+) -> Tensor:
+    """Compute act(scale x + shift + residual) with constants a channel: what `leannorm.fold` leaves of a normalization.
+
+    One native operator in eager mode, PyTorch's own operators elsewhere, as in `normalize`. ``scale`` and ``shift`` are
+    (C, 1, ...), to be multiplied by the input; the activation is given by its kind and parameters.
+
+    >>> x = torch.tensor([[1.0, -2.0]])
+    >>> scale_shift(x, torch.tensor([2.0, 3.0]), torch.tensor([0.5, 1.0]), None, "relu")
+    tensor([[2.5000, 0.0000]])
+    """
+    if (
+        _is_native(input, (), (scale, shift, residual))
+        and scale.numel() == shift.numel() == input.shape[1]
+        and (residual is None or (residual.shape, residual.dtype) == (input.shape, input.dtype))
+    ):
+        zeros = scale.new_zeros(input.shape[1], dtype=torch.float32)
+        constants = zeros, torch.ones_like(zeros), scale.flatten(), shift.flatten()
+        return autograd.normalize(input, *constants, residual, 0.0, activation, parameters)
+    y = torch.addcmul(shift, scale, input)
+    return activate(y if residual is None else y + residual, activation, parameters)
 
 
 def transform(
@@ -233,6 +268,16 @@ def transform(
     _check(input.shape, input.dtype, weight, bias, residual)
     kind, parameters = _kind(activation)
     return definition.transform(normalized, weight, bias, residual, kind, parameters).to(input.dtype)
+
+
+def _is_native(x: Tensor, statistics: Sequence[Tensor], others: Sequence[Tensor | None]) -> bool:
+    """Whether one native operator computes a call with given statistics: nothing watches, and it takes all tensors."""
+    return (
+        eager.kernel("normalize", x) is not None
+        and cpu.takes(x)
+        and all(t.shape == (x.shape[1],) and t.device == x.device for t in statistics)
+        and all(t is None or t.device == x.device for t in others)
+    )
 
 
 def _kind(activation: str | Activation | None) -> tuple[str, tuple[float, ...]]:

@@ -161,13 +161,22 @@ def test_a_hook_is_why_a_layer_is_not_fused():
     assert "not fused: it has hooks, which see its output" in only(explain(network, images())).reasons
 
 
+@native
 @pytest.mark.parametrize("given", [(), (images(),)])
-def test_eval_mode_and_frozen_layers_run_by_pytorchs_operators(given):
+def test_eval_mode_and_frozen_layers_run_by_one_native_operator(given):
     layer = only(explain(model().eval(), *given))
-    assert (layer.statistics, layer.served_by) == ("running", "PyTorch")
-    assert layer.reasons[0].startswith("in eval mode PyTorch's own operators normalize")
-    frozen = only(explain(leannorm.freeze(model())[0], *given))
-    assert frozen.reasons == ("it is frozen: PyTorch's own operators apply the running statistics",)
+    assert (layer.statistics, layer.served_by, layer.operator) == ("running", "native CPU kernels", "batch norm")
+    assert layer.reasons == ("it is in eval mode: leannorm.fold leaves no normalization in a model that is shipped",)
+    frozen = only(explain(leannorm.freeze(leannorm.fuse(model())[0])[0], *given))
+    assert (frozen.served_by, frozen.operator, frozen.reasons) == ("native CPU kernels", "batch norm + relu", ())
+
+
+@native
+def test_eval_mode_that_the_native_operator_does_not_take_says_why():
+    double = only(explain(model().double().eval(), images().double()))
+    assert double.served_by == "PyTorch"
+    assert "take float32, bfloat16 and float16" in double.reasons[0]
+    assert only(explain(model("bnet:3").eval(), images())).served_by == "PyTorch"
 
 
 @pytest.mark.parametrize("given", [(), (images(),)])
@@ -189,7 +198,9 @@ def test_torchs_own_layers_say_why_they_are_left(given):
     [
         ("ghost:2", "PyTorch", "ghost:2 is composed of PyTorch's operators: the kernels compute batch norm alone"),
         ("gn:4", "PyTorch", "gn:4 is torch's own layer: the kernels compute batch norm alone"),
-        pytest.param("renorm:3", "ATen, native CPU kernels, PyTorch", "batch_norm alone, not moments", marks=native),
+        pytest.param(
+            "renorm:3", "ATen, native CPU kernels, PyTorch", "batch_norm and normalize, not moments", marks=native
+        ),
         pytest.param("bnet:3", "native CPU kernels, PyTorch", None, marks=native),
     ],
 )

@@ -86,7 +86,8 @@ def test_layers_of_a_folded_model_are_compared_where_its_values_are_the_original
         "file": lambda: Session(file),
     }
     record = verify(model, candidates[form](), [X, X[:2]])
-    assert [layer.layer for layer in record.layers] == KEPT
+    fused = ("table",) if form == "module" else ()  # one operator with its activation
+    assert [layer.layer for layer in record.layers] == [layer for layer in KEPT if layer not in fused]
     assert max(layer.relative_error for layer in record.layers) < 1e-5
     assert max(layer.maximum_error for layer in record.layers) < 1e-4
     assert record.first_wrong_layer is None

@@ -16,8 +16,8 @@ def serving(x: Tensor, operator: str = "batch_norm") -> tuple[str, str | None]:
         name, reason = "Triton kernels", triton.why_not(x)
     elif x.device.type != "cpu":
         name, reason = "", f"there are kernels for the CPU and for NVIDIA GPUs, the input is on {x.device}"
-    elif operator != "batch_norm":
-        name, reason = "", f"the native kernels compute batch_norm alone, not {operator}"
+    elif operator not in ("batch_norm", "normalize"):
+        name, reason = "", f"the native kernels compute batch_norm and normalize, not {operator}"
     else:
         name, reason = "native CPU kernels", cpu.why_not(x)
     return ("ATen", reason) if reason is not None else (name, None)

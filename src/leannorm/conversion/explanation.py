@@ -29,10 +29,7 @@ from leannorm.statistics import Statistics, WeightedSum, sampled_dimensions
 
 _NORMALIZATION = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _PYTORCH, _CONVOLUTIONS = "PyTorch", "PyTorch's convolutions"
-_EVAL = (
-    "in eval mode PyTorch's own operators normalize, so that the model exports; leannorm.fold "
-    "leaves no normalization in the shipped model"
-)
+_EVAL = "it is in eval mode: leannorm.fold leaves no normalization in a model that is shipped"
 _UNREACHED = "these example inputs do not reach it"
 
 
@@ -128,7 +125,10 @@ def _explained(name: str, module: nn.Module, call: _Call, fusing: _Fusing) -> La
         return LayerExplanation(name, kind, target, _operator(module), _PYTORCH, (_why_torch(name, module, fusing),))
     if not call.training:
         source = "full" if module.running_mean is None else "running"
-        return LayerExplanation(name, kind, source, "batch norm", _PYTORCH, (_why_eval(module),))
+        reasons = call.reasons if module.frozen else (*call.reasons, _EVAL)
+        fused = fusing.done and call.served_by != (_PYTORCH,)
+        operator = fusing.action(name, module).removeprefix("convolution + ") if fused else call.operator
+        return LayerExplanation(name, kind, source, operator, ", ".join(call.served_by), reasons)
     reasons = list(call.reasons)
     if isinstance(module, MethodNorm):
         if not call.served_by:
@@ -174,16 +174,32 @@ def _why_torch(name: str, module: nn.Module, fusing: _Fusing) -> str:
     )
 
 
-def _why_eval(layer: SampledBatchNorm) -> str:
-    return "it is frozen: PyTorch's own operators apply the running statistics" if layer.frozen else _EVAL
+def _eval_call(layer: nn.Module, x: Tensor) -> _Call:
+    """What a layer's call on x computes in eval mode: the native operator is not called where a mode watches."""
+    operator, name, reason = "batch norm", _PYTORCH, None
+    if isinstance(layer, SampledBatchNorm) and type(layer)._eval_forward is SampledBatchNorm._eval_forward:
+        if layer.running_mean is None:
+            reason = "it keeps no running statistics: PyTorch's own operators take the batch's"
+        elif x.device.type != "cpu":
+            reason = "with given statistics PyTorch's own operators normalize on this device"
+        else:
+            name, reason = backends.serving(x, "normalize")
+        if reason is not None:
+            name = _PYTORCH
+        elif layer.activation is not None:
+            operator += f" + {layer.activation}"
+    return _Call(False, operator, (name,), () if reason is None else (reason,))
 
 
 def _expected(name: str, module: nn.Module, fusing: _Fusing) -> _Call:
     """What a layer's call on an ordinary input of its parameters' dtype and device would compute."""
-    if not isinstance(module, SampledBatchNorm) or isinstance(module, MethodNorm) or not module.training:
+    if not isinstance(module, SampledBatchNorm) or (isinstance(module, MethodNorm) and module.training):
         return _Call(module.training)
     like = next((t for t in (module.weight, module.running_mean) if t is not None), torch.empty(0))
-    served_by, reason = backends.serving(like.detach().new_empty(2, module.num_features))
+    x = like.detach().new_empty(2, module.num_features)
+    if not module.training:
+        return _eval_call(module, x)
+    served_by, reason = backends.serving(x)
     operator = "batch norm" if module.activation is None else f"batch norm + {module.activation}"
     if fusing.done:
         operator = fusing.action(name, module)
@@ -207,7 +223,8 @@ def _calls(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, list[_Call]]:
 
         def after(module: nn.Module, args: tuple, output: Any) -> None:
             if module in names:
-                found.setdefault(names[module], []).append(_call(module, watch.operators))
+                call = _call(module, watch.operators) if module.training else _eval_call(module, (*args, output)[0])
+                found.setdefault(names[module], []).append(call)
 
         hooks = (register_module_forward_pre_hook(before), register_module_forward_hook(after))
         try:

@@ -185,13 +185,14 @@ class Capture:
             if spec.kind in _HELD and not node.users and spec.target not in self._written:
                 self.graph.erase_node(node)
 
-    def written_after(self, node: Node, since: Node) -> Node | None:
+    @staticmethod
+    def written_after(node: Node, since: Node) -> Node | None:
         """A call behind ``since`` that writes in place to a tensor that may share its memory with ``node``."""
         shared, found = [node], {node}
         while shared:
             one = shared.pop()
             sources = [one.args[0]] if may_alias(one) and one.args else []
-            near = [n for n in (*sources, *filter(may_alias, one.users)) if isinstance(n, Node)]
+            near = [n for n in (*sources, *(u for u in one.users if may_alias(u, one))) if isinstance(n, Node)]
             shared += [n for n in near if n not in found]
             found.update(near)
         writers = {user for one in found for user in one.users if writes_to(user, one)}
@@ -250,12 +251,16 @@ def writes_to(user: Node, node: Node) -> bool:
     return any(bound.get(name) is node for name in written)
 
 
-def may_alias(node: Node) -> bool:
-    """Whether a call may return its first argument, or a view of it."""
+def may_alias(node: Node, given: Node | None = None) -> bool:
+    """Whether a call may return an argument, or a view of one: its first, or, where ``given`` is named, that."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     schema = node.target._schema
-    return "dropout" in schema.name or any(result.alias_info is not None for result in schema.returns)
+    if "dropout" not in schema.name and all(result.alias_info is None for result in schema.returns):
+        return False
+    bound = arguments(node)
+    shared = [bound.get(argument.name) for argument in schema.arguments if argument.alias_info is not None]
+    return given is None or not shared or any(given is s or (isinstance(s, list) and given in s) for s in shared)
 
 
 def _as(old: Tensor, new: Tensor) -> Tensor:

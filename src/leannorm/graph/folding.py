@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, overload
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from leannorm.graph import batch_norm, compare
+from leannorm.graph import activated_tables, batch_norm, compare
 from leannorm.graph.absorption import Folding, Table
 from leannorm.graph.capture import Capture
 from leannorm.graph.export import as_module, export_as
@@ -37,7 +37,8 @@ def fold(
     In eval mode batch normalization is ``scale x + shift`` per channel, with ``scale = gamma / sqrt(var + eps)`` and
     ``shift = beta - scale mean``. Convolutions and linear layers before it take that up, else those after it, also
     through pooling, reshapes, concatenations and additions, as far as that is exact; parallel convolutions of one
-    input, as RepVGG has them, become one. What nothing takes up becomes a multiply-add with precomputed constants.
+    input, as RepVGG has them, become one. What nothing takes up becomes a multiply-add with precomputed constants; in
+    a folded module that is one operator with the addition and the activation behind it.
     Constants are computed in float64 and stored in the layer's own dtype, under the layer's own names. Afterwards the
     folded model is run against the original on the example inputs.
 
@@ -87,7 +88,9 @@ def fold(
 def _folded(program: ExportedProgram) -> tuple[GraphModule, TransformReport]:
     capture = Capture(program)
     report = fold_capture(capture)
-    return as_module(capture.program()), report
+    module = as_module(capture.program())
+    activated_tables.fuse(module)
+    return module, report
 
 
 def fold_capture(capture: Capture) -> TransformReport:

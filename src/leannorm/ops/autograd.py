@@ -1,4 +1,4 @@
-"""Derivatives of the fused operator, and the operator as eager mode calls it; the others have none and say so."""
+"""Derivatives of the fused operators, and these as eager mode calls them; the others have none and say so."""
 
 from __future__ import annotations
 
@@ -9,17 +9,24 @@ from leannorm.ops import definition, eager
 from leannorm.ops.contract import library, takes_output
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx, inputs, output, signs=None):
     x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters = inputs
     y, mean, var = output
     ctx.mark_non_differentiable(mean, var)
+    _keep(ctx, x, weight, bias, residual, y, (eps, activation, parameters), mean, var, draw, signs=signs)
+    ctx.places = boxes, weights
+
+
+def _keep(ctx, x, weight, bias, residual, y, point, *others, signs=None):
+    """Save what backward reads: the residual where the activation needs it, or y or its signs in its place."""
     ctx.set_materialize_grads(False)
+    _, activation, _ = ctx.point = point
     needs_output = takes_output(activation) and residual is not None
     kept_residual = residual if activation and not needs_output else None
-    ctx.save_for_backward(x, weight, bias, kept_residual, y if needs_output else None, mean, var, draw)
+    told_by = signs if signs is not None else y if needs_output else None
+    ctx.save_for_backward(x, weight, bias, kept_residual, told_by, *others)
     ctx.has_residual = residual is not None
-    ctx.places = boxes, weights
-    ctx.point = eps, activation, parameters
+    ctx.strides_with_signs = None if signs is None else (x.stride(), y.stride())
 
 
 def _backward(ctx, dy, _dmean, _dvar):
@@ -29,8 +36,15 @@ def _backward(ctx, dy, _dmean, _dvar):
     (boxes, weights), (eps, activation, parameters) = ctx.places, ctx.point
     x_needed, weight_needed, bias_needed, residual_needed = ctx.needs_input_grad[:4]
     if torch.is_grad_enabled():
-        return _differentiable_backward(ctx, dy)
-    backward = eager.kernel("batch_norm_backward", x) or torch.ops.leannorm.batch_norm_backward
+
+        def forward(x, weight, bias, residual, *activation):
+            return definition.batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, *activation)[0]
+
+        return *_differentiable_gradients(ctx, dy, ctx.needs_input_grad[:4], forward), *(None,) * 6
+    if ctx.strides_with_signs is not None and x.stride() != ctx.strides_with_signs[0]:
+        # A hook on saved tensors gave x another memory order, in which the signs do not lie.
+        dy, y, activation, parameters = _through_activation(ctx, dy, y), None, "", ()
+    backward = eager.kernel("batch_norm_backward", x, dy) or torch.ops.leannorm.batch_norm_backward
     dx, dweight, dbias, dresidual = backward(
         dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters, draw, boxes, weights,
         residual_needed and activation != "",
@@ -46,25 +60,31 @@ def _backward(ctx, dy, _dmean, _dvar):
     )
 
 
-def _differentiable_backward(ctx, dy):
-    """Differentiate the definition, so that the gradient has a gradient."""
-    x, weight, bias, residual, y, _, _, draw = ctx.saved_tensors
-    (boxes, weights), (eps, activation, parameters) = ctx.places, ctx.point
+def _differentiable_gradients(ctx, dy, wanted, forward):
+    """Differentiate the definition, so that the gradients of x, weight, bias and residual have gradients."""
+    x, weight, bias, residual, y, *_ = ctx.saved_tensors
+    _, activation, parameters = ctx.point
     if ctx.has_residual and residual is None and activation:
         # z = act^-1(y) is not to be had, but act' is piecewise constant: the mask stands for the activation.
-        dy, activation = definition.activation_backward(dy, y, activation, parameters), ""
+        dy, activation = _through_activation(ctx, dy, y), ""
     inputs = [x, weight, bias, residual]
-    needed = [i for i in range(4) if ctx.needs_input_grad[i] and inputs[i] is not None]
-    outputs = definition.batch_norm(
-        x, weight, bias, residual, draw, boxes, weights, eps, activation, () if not activation else parameters
-    )
-    found = torch.autograd.grad(outputs[0], [inputs[i] for i in needed], dy, create_graph=True)
-    gradients: list[Tensor | None] = [None] * 10
+    needed = [i for i in range(4) if wanted[i] and inputs[i] is not None]
+    z = forward(*inputs, activation, parameters if activation else ())
+    found = torch.autograd.grad(z, [inputs[i] for i in needed], dy, create_graph=True) if needed else ()
+    gradients: list[Tensor | None] = [None] * 4
     for i, gradient in zip(needed, found, strict=True):
         gradients[i] = gradient
-    if ctx.needs_input_grad[3] and gradients[3] is None:
+    if wanted[3] and gradients[3] is None:
         gradients[3] = dy
-    return tuple(gradients)
+    return gradients
+
+
+def _through_activation(ctx, dy, told_by):
+    """Multiply by act'(z), which the output or its signs tell."""
+    _, activation, parameters = ctx.point
+    if ctx.strides_with_signs is None:
+        return definition.activation_backward(dy, told_by, activation, parameters)
+    return definition.activation_backward_by_signs(dy, told_by, ctx.strides_with_signs[1], activation, parameters)
 
 
 torch.library.register_autograd("leannorm::batch_norm", _backward, setup_context=_setup_context, lib=library)
@@ -76,9 +96,9 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs_and_kernel):
         *inputs, kernel = inputs_and_kernel
-        output = kernel(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
+        y, mean, var, *signs = kernel(*inputs)
+        _setup_context(ctx, inputs, (y, mean, var), *signs)
+        return y, mean, var
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -87,10 +107,81 @@ class _BatchNorm(torch.autograd.Function):
 
 def batch_norm(x: Tensor, *others) -> tuple[Tensor, Tensor, Tensor]:
     """Call the operator of this name, with its derivative."""
-    kernel = eager.kernel("batch_norm", x)
+    _, _, residual, *_, activation, _ = others
+    told_by_output = residual is not None and takes_output(activation) and torch.is_grad_enabled()
+    kernel = eager.kernel("batch_norm_with_signs", x) if told_by_output else None
+    kernel = kernel or eager.kernel("batch_norm", x)
     if kernel is None:
         return torch.ops.leannorm.batch_norm(x, *others)
     return _BatchNorm.apply(x, *others, kernel)
+
+
+# With given statistics, through which no gradient flows.
+
+
+def _setup_normalize(ctx, inputs, output):
+    x, mean, var, weight, bias, residual, eps, activation, parameters = inputs
+    _keep(ctx, x, weight, bias, residual, output, (eps, activation, parameters), mean, var)
+
+
+def _normalize_backward(ctx, dy):
+    if dy is None:
+        return (None,) * 9
+    x, weight, bias, residual, y, mean, var = ctx.saved_tensors
+    x_needed, mean_needed, var_needed, *others_needed = ctx.needs_input_grad[:6]
+    if mean_needed or var_needed:
+        raise RuntimeError(
+            "torch.ops.leannorm.normalize takes mean and var for constants; detach them, "
+            "or use leannorm.functional.normalize_by, through which their gradients flow"
+        )
+    eps, activation, parameters = ctx.point
+    if torch.is_grad_enabled():
+
+        def forward(x, weight, bias, residual, *activation):
+            return definition.normalize(x, mean, var, weight, bias, residual, eps, *activation)
+
+        dx, *others = _differentiable_gradients(ctx, dy, (x_needed, *others_needed), forward)
+        return dx, None, None, *others, *(None,) * 3
+    weight_needed, bias_needed, residual_needed = others_needed
+    backward = eager.kernel("backward_fused", x, dy) or torch.ops.leannorm.backward_fused
+    dx, dweight, dbias, dresidual = backward(
+        dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters, residual_needed and activation != ""
+    )
+    return (
+        dx if x_needed else None,
+        None,
+        None,
+        dweight.to(weight.dtype) if weight_needed else None,
+        dbias.to(bias.dtype) if bias_needed else None,
+        (dresidual if activation else dy) if residual_needed else None,
+        *(None,) * 3,
+    )
+
+
+torch.library.register_autograd("leannorm::normalize", _normalize_backward, setup_context=_setup_normalize, lib=library)
+
+
+class _Normalize(torch.autograd.Function):
+    """As `_BatchNorm`."""
+
+    @staticmethod
+    def forward(ctx, *inputs_and_kernel):
+        *inputs, kernel = inputs_and_kernel
+        output = kernel(*inputs)
+        _setup_normalize(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return (*_normalize_backward(ctx, *gradients), None)
+
+
+def normalize(x: Tensor, *others) -> Tensor:
+    """Call the operator of this name, with its derivative."""
+    kernel = eager.kernel("normalize", x)
+    if kernel is None:
+        return torch.ops.leannorm.normalize(x, *others)
+    return _Normalize.apply(x, *others, kernel) if torch.is_grad_enabled() else kernel(x, *others)
 
 
 def _refuse(name: str) -> None:
@@ -106,7 +197,6 @@ def _refuse(name: str) -> None:
 for _name in (
     "batch_norm_backward",
     "moments",
-    "normalize",
     "backward_reduce",
     "backward_apply",
     "backward_fused",

@@ -46,7 +46,8 @@ def _residual_gradient(x: Tensor, wanted: bool) -> Tensor:
 
 
 # One fused operator a direction. backward takes y where `takes_output`, else the residual; dresidual is empty unless
-# it is wanted.
+# it is wanted. A kernel may give signs beside its results, and its own backward takes them in place of y: uint8, bit
+# k % 8 of byte k // 8 says of the element at memory offset k whether act' is 1.
 
 library.define(
     f"batch_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, {_PLACES}, float eps, {_ACTIVATION})"

@@ -71,6 +71,15 @@ def activation_backward(g: Tensor, at: Tensor, activation: str, parameters: Sequ
     raise ValueError(f"unknown activation kind {activation!r}")
 
 
+def activation_backward_by_signs(
+    g: Tensor, signs: Tensor, strides: Sequence[int], activation: str, parameters: Sequence[float]
+) -> Tensor:
+    """Multiply g by act'(z) as the signs tell it of an output with these strides; see `leannorm.ops.contract`."""
+    bits = signs[:, None].bitwise_right_shift(torch.arange(8, dtype=torch.uint8)).bitwise_and(1)
+    is_one = bits.flatten().bool().as_strided(g.shape, strides)
+    return torch.where(is_one, g, g * parameters[0] if activation == "leaky_relu" else 0)
+
+
 def indices(x: Tensor, draw: Tensor | None, boxes: Sequence[int], *, read_draw: bool) -> Iterator[Index]:
     """Give for each region the index of its elements in x.
 

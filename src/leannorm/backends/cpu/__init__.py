@@ -1,4 +1,4 @@
-"""Native CPU kernels of the two fused operators; whatever they do not take goes to the ATen back end, call by call.
+"""Native CPU kernels of the fused operators; whatever they do not take goes to the ATen back end, call by call.
 
 The extension ``_kernels`` is built at install; without a compiler there is none, and ATen serves everything.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -52,6 +52,18 @@ def why_not(x: Tensor) -> str | None:
     return None
 
 
+def takes(x: Tensor) -> bool:
+    """Say whether `why_not` has no reason, quicker."""
+    plain = available and x.dtype in _DTYPES and type(x) in _PLAIN and x.device.type == "cpu"
+    return plain and _takes_order(x.shape, x.stride())
+
+
+@lru_cache(maxsize=4096)
+def _takes_order(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    order = is_channels_last(torch.empty_strided(shape, _strides_like(shape, strides), device="meta"))
+    return 0 not in shape and order is not None
+
+
 @lru_cache(maxsize=4096)
 def _plan(
     shape: Sequence[int], strides: Sequence[int], boxes: Sequence[int], weights: Sequence[float], drawn: bool
@@ -73,8 +85,12 @@ def _empty_like(x: Tensor) -> Tensor:
     """Give `torch.empty_like`, for large tensors in memory that is kept; see `leannorm.empty_cache`."""
     if x.dtype not in _DTYPES or x.nbytes < _LEAST_KEPT or "LEANNORM_NO_CPU_MEMORY_CACHING" in os.environ:
         return torch.empty_like(x)
-    like = torch.empty_like(x, device="meta")
-    return from_dlpack(_kernels.kept_tensor(_DTYPES[x.dtype], like.shape, like.stride()))
+    return from_dlpack(_kernels.kept_tensor(_DTYPES[x.dtype], x.shape, _strides_like(x.shape, x.stride())))
+
+
+@lru_cache(maxsize=4096)
+def _strides_like(shape: Sequence[int], strides: Sequence[int]) -> Sequence[int]:
+    return torch.empty_like(torch.empty_strided(shape, strides, device="meta")).stride()
 
 
 def empty_cache() -> None:
@@ -110,18 +126,34 @@ def _activation(kind: str, parameters: Sequence[float]) -> tuple[int, float, flo
     return _KINDS.index(kind), first, second
 
 
-def _batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters):
+def _batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters, with_signs=False):
     y = _empty_like(x)
     plan = _plan_for(x, y, draw, boxes, weights)
     if plan is None:
         return aten.batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters)
-    x, residual, weight, bias = in_order_of(y, x), _maybe_like(y, residual), _per_channel(weight), _per_channel(bias)
     mean, var = (torch.empty(x.shape[1], dtype=torch.float32) for _ in range(2))
-    plan.batch_norm(
-        _DTYPES[x.dtype], _address(x), _address(residual), _address(y), _address(weight), _address(bias),
-        _address(mean), _address(var), _address(draw), eps, *_activation(activation, parameters),
+    sign_bytes = plan.sign_bytes() if with_signs else 0
+    signs = torch.empty(sign_bytes, dtype=torch.uint8) if sign_bytes else None
+    _forward(plan.batch_norm, x, y, mean, var, weight, bias, residual, signs, draw, eps, activation, parameters)
+    return (y, mean, var) if signs is None else (y, mean, var, signs)
+
+
+def _normalize(x, mean, var, weight, bias, residual, eps, activation, parameters):
+    y = _empty_like(x)
+    plan = _plan_for(x, y, None, (), ())
+    if plan is None:
+        return aten.kernels["normalize"](x, mean, var, weight, bias, residual, eps, activation, parameters)
+    mean, var = _per_channel(mean), _per_channel(var)
+    _forward(plan.normalize, x, y, mean, var, weight, bias, residual, None, None, eps, activation, parameters)
+    return y
+
+
+def _forward(operator, x, y, mean, var, weight, bias, residual, signs, draw, eps, activation, parameters):
+    x, residual, weight, bias = in_order_of(y, x), _maybe_like(y, residual), _per_channel(weight), _per_channel(bias)
+    operator(
+        _DTYPES[x.dtype], _address(x), _address(residual), _address(y), _address(signs), _address(weight),
+        _address(bias), _address(mean), _address(var), _address(draw), eps, *_activation(activation, parameters),
     )  # fmt: skip
-    return y, mean, var
 
 
 def _batch_norm_backward(
@@ -141,26 +173,57 @@ def _batch_norm_backward(
     weights,
     residual_gradient,
 ):
-    without_output = takes_output(activation) and residual is not None and y is None  # no layer calls it so
     dx = _empty_like(x)
-    plan = None if without_output else _plan_for(x, dx, draw, boxes, weights)
-    if plan is None:
+    plan = _plan_for(x, dx, draw, boxes, weights)
+    if plan is None or _lacks_output(residual, y, activation):
         return aten.batch_norm_backward(
             dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters, draw, boxes, weights,
             residual_gradient,
         )  # fmt: skip
-    x, dy, residual, y = in_order_of(dx, x), in_order_of(dx, dy), _maybe_like(dx, residual), _maybe_like(dx, y)
+    return _backward(
+        plan.batch_norm_backward, dy, x, dx, mean, var, weight, bias, residual, y, draw, eps, activation, parameters,
+        residual_gradient,
+    )  # fmt: skip
+
+
+def _backward_fused(dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters, residual_gradient):
+    dx = _empty_like(x)
+    plan = _plan_for(x, dx, None, (), ())
+    if plan is None or _lacks_output(residual, y, activation):
+        return aten.kernels["backward_fused"](
+            dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters, residual_gradient
+        )
+    mean, var = _per_channel(mean), _per_channel(var)
+    return _backward(
+        plan.backward_fused, dy, x, dx, mean, var, weight, bias, residual, y, None, eps, activation, parameters,
+        residual_gradient,
+    )  # fmt: skip
+
+
+def _lacks_output(residual: Tensor | None, y: Tensor | None, activation: str) -> bool:
+    return takes_output(activation) and residual is not None and y is None  # no layer calls it so
+
+
+def _backward(
+    operator, dy, x, dx, mean, var, weight, bias, residual, y, draw, eps, activation, parameters, residual_gradient
+):
+    signs = y if y is not None and y.dtype is torch.uint8 else None
+    y = None if signs is not None else _maybe_like(dx, y)
+    x, dy, residual = in_order_of(dx, x), in_order_of(dx, dy), _maybe_like(dx, residual)
     weight, bias = _per_channel(weight), _per_channel(bias)
     dresidual = _empty_like(dx) if residual_gradient else None
     sum_g_xhat, sum_g = torch.empty_like(mean), torch.empty_like(mean)
-    plan.batch_norm_backward(
-        _DTYPES[x.dtype], _address(dy), _address(x), _address(residual), _address(y), _address(dx), _address(dresidual),
-        _address(weight), _address(bias), _address(mean), _address(var), _address(sum_g_xhat), _address(sum_g),
-        _address(draw), eps, *_activation(activation, parameters),
+    operator(
+        _DTYPES[x.dtype], _address(dy), _address(x), _address(residual), _address(y), _address(signs), _address(dx),
+        _address(dresidual), _address(weight), _address(bias), _address(mean), _address(var), _address(sum_g_xhat),
+        _address(sum_g), _address(draw), eps, *_activation(activation, parameters),
     )  # fmt: skip
     return dx, sum_g_xhat, sum_g, x.new_empty(0) if dresidual is None else dresidual
 
 
 if available:
     eager.register("batch_norm", _batch_norm, "cpu")
+    eager.provide("batch_norm_with_signs", partial(_batch_norm, with_signs=True), "cpu")
     eager.register("batch_norm_backward", _batch_norm_backward, "cpu")
+    eager.register("normalize", _normalize, "cpu")
+    eager.register("backward_fused", _backward_fused, "cpu")

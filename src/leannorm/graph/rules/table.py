@@ -1,6 +1,7 @@
 """Batch normalization that nothing takes up becomes ``scale x + shift`` with precomputed constants per channel.
 
-One multiply-add an element, in one operator (``addcmul``); in ONNX a ``Mul`` and an ``Add``.
+One multiply-add an element, in one operator (``addcmul``); in ONNX a ``Mul`` and an ``Add``. In a folded module it
+becomes one call with what follows it (`leannorm.graph.activated_tables`).
 """
 
 from __future__ import annotations

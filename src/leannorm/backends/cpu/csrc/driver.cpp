@@ -44,4 +44,14 @@ void batch_norm_backward(const Kernels& kernels, const Plan& plan, const Call& c
                                                                                    sum_g_xhat, sum_g);
 }
 
+void normalize(const Kernels& kernels, const Plan& plan, const Call& call, const float* mean, const float* var) {
+  (plan.channels_last ? rows::normalize : planes::normalize)(kernels, plan, call, mean, var);
+}
+
+void backward_fused(const Kernels& kernels, const Plan& plan, const Call& call, const float* mean, const float* var,
+                    float* sum_g_xhat, float* sum_g) {
+  (plan.channels_last ? rows::backward_fused : planes::backward_fused)(kernels, plan, call, mean, var, sum_g_xhat,
+                                                                       sum_g);
+}
+
 }  // namespace leannorm

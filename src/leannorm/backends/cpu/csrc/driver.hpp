@@ -38,4 +38,11 @@ void batch_norm(const Kernels&, const Plan&, const Call&, float* mean, float* va
 void batch_norm_backward(const Kernels&, const Plan&, const Call&, const float* mean, const float* var,
                          float* sum_g_xhat, float* sum_g);
 
+// With given statistics, whatever regions the plan has: one pass a direction.
+
+void normalize(const Kernels&, const Plan&, const Call&, const float* mean, const float* var);
+
+void backward_fused(const Kernels&, const Plan&, const Call&, const float* mean, const float* var, float* sum_g_xhat,
+                    float* sum_g);
+
 }  // namespace leannorm

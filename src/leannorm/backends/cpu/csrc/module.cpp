@@ -61,6 +61,7 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+template <auto kOperator>
 void forward(const Plan& plan, int dtype, Address x, Address residual, Address y, Address signs, Address weight,
              Address bias, Address mean, Address var, Address draw, double eps, int kind, float first, float second) {
   const Tensors tensors{.dtype = static_cast<Dtype>(dtype),
@@ -74,9 +75,10 @@ void forward(const Plan& plan, int dtype, Address x, Address residual, Address y
                         .signs = pointer<uint8_t>(signs),
                         .stream = false};
   const Call call{tensors, pointer<int64_t>(draw), pointer<float>(weight), pointer<float>(bias), eps};
-  batch_norm(chosen.of(dtype), plan, call, pointer<float>(mean), pointer<float>(var));
+  kOperator(chosen.of(dtype), plan, call, pointer<float>(mean), pointer<float>(var));
 }
 
+template <auto kOperator>
 void backward(const Plan& plan, int dtype, Address dy, Address x, Address residual, Address y, Address signs,
               Address dx, Address dresidual, Address weight, Address bias, Address mean, Address var, Address sum_g_xhat,
               Address sum_g, Address draw, double eps, int kind, float first, float second) {
@@ -91,8 +93,8 @@ void backward(const Plan& plan, int dtype, Address dy, Address x, Address residu
                         .signs = pointer<uint8_t>(signs),
                         .stream = false};
   const Call call{tensors, pointer<int64_t>(draw), pointer<float>(weight), pointer<float>(bias), eps};
-  batch_norm_backward(chosen.of(dtype), plan, call, pointer<float>(mean), pointer<float>(var),
-                      pointer<float>(sum_g_xhat), pointer<float>(sum_g));
+  kOperator(chosen.of(dtype), plan, call, pointer<float>(mean), pointer<float>(var), pointer<float>(sum_g_xhat),
+            pointer<float>(sum_g));
 }
 
 }  // namespace
@@ -101,12 +103,15 @@ void backward(const Plan& plan, int dtype, Address dy, Address x, Address residu
 NB_MODULE(_kernels, m) {
   nb::set_leak_warnings(false);  // plans live in a cache until the process ends
   using leannorm::Plan;
+  const nb::call_guard<nb::gil_scoped_release> unlocked;
   nb::class_<Plan>(m, "Plan")
       .def(nb::init<bool, int64_t, std::vector<int64_t>, std::vector<int64_t>, std::vector<double>, bool>(),
            "channels_last"_a, "channels"_a, "sizes"_a, "boxes"_a, "shares"_a, "drawn"_a)
       .def("sign_bytes", &Plan::sign_bytes)
-      .def("batch_norm", &leannorm::forward, nb::call_guard<nb::gil_scoped_release>())
-      .def("batch_norm_backward", &leannorm::backward, nb::call_guard<nb::gil_scoped_release>());
+      .def("batch_norm", &leannorm::forward<leannorm::batch_norm>, unlocked)
+      .def("batch_norm_backward", &leannorm::backward<leannorm::batch_norm_backward>, unlocked)
+      .def("normalize", &leannorm::forward<leannorm::normalize>, unlocked)
+      .def("backward_fused", &leannorm::backward<leannorm::backward_fused>, unlocked);
   m.def(
       "kept_tensor",
       [](int dtype, std::vector<int64_t> shape, std::vector<int64_t> strides) {

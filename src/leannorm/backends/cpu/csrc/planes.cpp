@@ -138,4 +138,39 @@ void planes::batch_norm_backward(const Kernels& kernels, const Plan& plan, const
   });
 }
 
+void planes::normalize(const Kernels& kernels, const Plan& plan, const Call& call, const float* mean,
+                       const float* var) {
+  const Planes layout(plan);
+  const Tensors t = with_streaming(call.tensors, layout, layout.stretch());
+  ChannelBuffers buffers(layout);
+  set_point(call, {0, layout.channels}, mean, var, buffers);
+  const Channels channels = buffers.view();
+  over_shares(layout.units() * layout.channels, layout.threads, [&](Range range) {  // in memory's order
+    for (int64_t i = range.begin, end; i < range.end; i = end) {
+      const int64_t unit = i / layout.channels, first = unit * layout.channels;
+      end = std::min(first + layout.channels, range.end);
+      kernels.forward_planes(t, channels, layout, {i - first, end - first, unit, unit + 1});
+    }
+  });
+}
+
+void planes::backward_fused(const Kernels& kernels, const Plan& plan, const Call& call, const float* mean,
+                            const float* var, float* sum_g_xhat, float* sum_g) {
+  const Planes layout(plan);
+  const Tensors t = with_streaming(call.tensors, layout, layout.stretch());
+  const double count = static_cast<double>(layout.count());
+  Partials parts(layout.parts(), layout.channels);
+  ChannelBuffers buffers(layout);
+  set_point(call, {0, layout.channels}, mean, var, buffers);
+  const Channels channels = buffers.view();
+  over_teams(layout, [&](Team team) {
+    team.each_part([&](Pieces pieces, int64_t part) {
+      kernels.backward_planes(t, channels, Backward::fused, layout, pieces, parts.at(part));
+    });
+    team.each_range(1, [&](Range range) {
+      finish_sums(call, parts, range, count, var, sum_g_xhat, sum_g, buffers);
+    });
+  });
+}
+
 }  // namespace leannorm

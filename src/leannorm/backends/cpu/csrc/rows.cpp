@@ -72,6 +72,14 @@ Partials moments_of_places(const Kernels& kernels, const Tensors& t, const Rows&
   return parts;
 }
 
+void forward_pass(const Kernels& kernels, const Tensors& t, const Rows& layout, const Channels& channels,
+                  bool reverse) {
+  layout.each_chunk(reverse, [&](int64_t begin, int64_t end, int) {
+    kernels.forward_rows(t, channels, begin * layout.width(), end - begin, layout.width());
+  });
+  kernels.forward_rows(without_streaming(t), channels, layout.rest_offset(), layout.rest(), layout.channels);
+}
+
 // One pass that reads x and dy; exact ones begin with what the pass before has left in the cache.
 void backward_pass(const Kernels& kernels, const Tensors& t, const Rows& layout, const Channels& channels,
                    Backward mode, Partials& parts) {
@@ -97,11 +105,7 @@ void rows::batch_norm(const Kernels& kernels, const Plan& plan, const Call& call
   ChannelBuffers buffers(layout);
   over_shares(layout.channels, layout.threads_to_finish(parts),
               [&](Range range) { finish_moments(call, parts, range, mean, var, buffers); });
-  const Channels channels = buffers.repeated();
-  layout.each_chunk(!places, [&](int64_t begin, int64_t end, int) {
-    kernels.forward_rows(t, channels, begin * layout.width(), end - begin, layout.width());
-  });
-  kernels.forward_rows(without_streaming(t), channels, layout.rest_offset(), layout.rest(), layout.channels);
+  forward_pass(kernels, t, layout, buffers.repeated(), !places);
 }
 
 void rows::batch_norm_backward(const Kernels& kernels, const Plan& plan, const Call& call, const float* mean,
@@ -122,6 +126,26 @@ void rows::batch_norm_backward(const Kernels& kernels, const Plan& plan, const C
   over_shares(places->size(), threads_for(layout, *places), [&](Range range) {
     kernels.correct_rows(written, channels, layout.channels, places->of_range(range.begin, range.end));
   });
+}
+
+void rows::normalize(const Kernels& kernels, const Plan& plan, const Call& call, const float* mean, const float* var) {
+  const Rows layout(plan);
+  ChannelBuffers buffers(layout);
+  set_point(call, {0, layout.channels}, mean, var, buffers);
+  forward_pass(kernels, with_streaming(call.tensors, layout, layout.width()), layout, buffers.repeated(), false);
+}
+
+void rows::backward_fused(const Kernels& kernels, const Plan& plan, const Call& call, const float* mean,
+                          const float* var, float* sum_g_xhat, float* sum_g) {
+  const Rows layout(plan);
+  const Tensors t = with_streaming(call.tensors, layout, layout.width());
+  ChannelBuffers buffers(layout);
+  set_point(call, {0, layout.channels}, mean, var, buffers);
+  Partials parts(layout.parts(), layout.channels);
+  backward_pass(kernels, t, layout, buffers.repeated(), Backward::fused, parts);
+  const double count = static_cast<double>(layout.count());
+  over_shares(layout.channels, layout.threads_to_finish(parts),
+              [&](Range range) { finish_sums(call, parts, range, count, var, sum_g_xhat, sum_g, buffers); });
 }
 
 }  // namespace leannorm
