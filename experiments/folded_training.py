@@ -38,7 +38,8 @@ MODEL, DATA = "resnet20", SCALES["cpu"].data
 SOURCES = ("grid:1/8", "fs:1/32")
 FORMS = ("unfused", "moved", "fused", "folded")
 DTYPES = ("float64", "float32")
-STEPS, BATCH, RATE = 20, 64, 0.1  # of the first steps
+STEPS, BATCH = 20, 64  # of the first steps
+RATES = {0.004: "where the one-cycle schedule begins", 0.1: "its highest, without a warm-up"}
 SEEDS, EPOCHS = 6, 4  # of the trainings, by the first source
 RUNS = Path("runs/folded-training")
 RESULT, PAGE = Path("benchmarks/results/folded-training.json"), Path("docs/folded-training.md")
@@ -48,6 +49,7 @@ RESULT, PAGE = Path("benchmarks/results/folded-training.json"), Path("docs/folde
 class Curve:
     """Losses of the first steps, before each; ``form`` is one of `FORMS`."""
 
+    learning_rate: float
     statistics: str
     dtype: str
     form: str
@@ -77,14 +79,13 @@ class Following:
     model: str
     data: str
     batch_size: int
-    learning_rate: float
     steps: int
     epochs: int
     curves: tuple[Curve, ...] = ()
     pairs: tuple[Pair, ...] = ()
 
 
-def beginning(spelling: str, dtype: str, form: str) -> Curve:
+def beginning(rate: float, spelling: str, dtype: str, form: str) -> Curve:
     """Train for some steps at a constant rate."""
     data = open_data(DATA, batch_size=BATCH, seed=0)
     torch.manual_seed(0)
@@ -93,7 +94,7 @@ def beginning(spelling: str, dtype: str, form: str) -> Curve:
     if form in ("fused", "folded"):
         leannorm.fuse(model, convolution=form == "folded")
     model.to(getattr(torch, dtype))
-    optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
     losses = []
     for images, labels in itertools.islice(data.train_dataloader(), STEPS):
         x = images.to(getattr(torch, dtype))
@@ -104,7 +105,7 @@ def beginning(spelling: str, dtype: str, form: str) -> Curve:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return Curve(spelling, dtype, form, tuple(losses), torch.get_num_threads(), environment())
+    return Curve(rate, spelling, dtype, form, tuple(losses), torch.get_num_threads(), environment())
 
 
 def pair(seed: int) -> Pair:
@@ -121,7 +122,7 @@ def kept() -> Following:
     Raises:
         ValueError: if it was found with other settings.
     """
-    empty = Following(MODEL, DATA, BATCH, RATE, STEPS, EPOCHS)
+    empty = Following(MODEL, DATA, BATCH, STEPS, EPOCHS)
     found = records.read(Following, RESULT) if RESULT.exists() else empty
     if dataclasses.replace(found, curves=(), pairs=()) != empty:
         raise ValueError(f"{RESULT} was made with other settings than {empty}: move it away to start anew")
@@ -131,8 +132,8 @@ def kept() -> Following:
 def follow(seeds: int) -> Iterator[Following]:
     """Run what is not there yet; give all that is there after each piece."""
     found = kept()
-    for key in itertools.product(SOURCES, DTYPES, FORMS):
-        if all((curve.statistics, curve.dtype, curve.form) != key for curve in found.curves):
+    for key in itertools.product(RATES, SOURCES, DTYPES, FORMS):
+        if all((c.learning_rate, c.statistics, c.dtype, c.form) != key for c in found.curves):
             found = dataclasses.replace(found, curves=(*found.curves, beginning(*key)))
             yield found
     for seed in range(seeds):
@@ -141,9 +142,9 @@ def follow(seeds: int) -> Iterator[Following]:
             yield found
 
 
-def differences(found: Following, dtype: str, form: str) -> list[float]:
+def differences(found: Following, rate: float, dtype: str, form: str) -> list[float]:
     """Give for each step the largest |loss - unfused| / unfused over the sources that have both curves."""
-    curves = {(curve.statistics, curve.form): curve.losses for curve in found.curves if curve.dtype == dtype}
+    curves = {(c.statistics, c.form): c.losses for c in found.curves if (c.learning_rate, c.dtype) == (rate, dtype)}
     relative = [
         [abs(loss / unfused - 1) for loss, unfused in zip(losses, curves[spelling, "unfused"], strict=True)]
         for (spelling, curve_form), losses in curves.items()
@@ -157,10 +158,13 @@ def accuracy_difference(found: Following) -> Paired:
     return paired([folded - unfused for unfused, folded in (each.accuracies for each in found.pairs)])
 
 
-def steps_table(found: Following) -> str:
-    """Give the differences of the first steps in Markdown."""
+def steps_table(found: Following, rate: float) -> str:
+    """Give the differences of the first steps at a rate in Markdown."""
     columns = {
-        (dtype, form): values for dtype in DTYPES for form in FORMS[1:] if (values := differences(found, dtype, form))
+        (dtype, form): values
+        for dtype in DTYPES
+        for form in FORMS[1:]
+        if (values := differences(found, rate, dtype, form))
     }
     lines = [
         "| step | " + " | ".join(f"{form}, {dtype}" for dtype, form in columns) + " |",
@@ -196,6 +200,9 @@ def page(found: Following) -> str:
         | {run.environment for each in found.pairs for run in (each.unfused, each.folded)}
     )
     sources = " and ".join(f"`{spelling}`" for spelling in SOURCES)
+    tables = "\n\n".join(
+        f"At a rate of {rate:g}, {what}:\n\n{steps_table(found, rate)}" for rate, what in RATES.items()
+    )
     return f"""# Training with folded convolutions
 
 Does `leannorm.fuse(model, convolution=True)` train what the unfused layers train? `experiments/folded_training.py`:
@@ -203,18 +210,18 @@ Does `leannorm.fuse(model, convolution=True)` train what the unfused layers trai
 
 ## The first {found.steps} steps
 
-Same weights, batches of {found.batch_size} and source, at a constant rate of {found.learning_rate:g}: how far each
-step's loss is from that of the unfused layers, relative to it; the larger of {sources}. "Fused" is
-`fuse(model)`, "folded" `fuse(model, convolution=True)`. "Moved" is the yardstick: the unfused layers again, with every
-pixel moved to the next number above, which shows how training amplifies one rounding.
+Same weights, batches of {found.batch_size} and source: how far each step's loss is from that of the unfused layers,
+relative to it; the larger of {sources}. "Fused" is `fuse(model)`, "folded"
+`fuse(model, convolution=True)`. "Moved" is the yardstick: the unfused layers again, with every pixel moved to the next
+number above, which shows how training amplifies one rounding.
 
-{steps_table(found)}
+{tables}
 
 ## Whole trainings
 
 `{SOURCES[0]}`, {found.epochs} epochs, batch 128, one-cycle schedule. Both of a pair have the same seed: weights,
-order and augmentation of the images are the same. Validation accuracy after the last epoch, the difference in points; its mean
-with the {CONFIDENCE:.0%} interval over the seeds (Student's t). Where that holds 0 the seeds do not resolve a
+order and augmentation of the images are the same. Validation accuracy after the last epoch, the difference in points;
+its mean with the {CONFIDENCE:.0%} interval over the seeds (Student's t). Where that holds 0 the seeds do not resolve a
 difference; if there is one, it lies within the interval.
 
 {trainings_table(found)}
