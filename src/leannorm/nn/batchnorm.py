@@ -44,7 +44,8 @@ class SampledBatchNorm(Unscriptable, _BatchNorm):
     by ``momentum`` (None: their cumulative average); the running variance takes the unbiased estimate. In eval mode,
     and when frozen, the running statistics are used, by PyTorch's plain operators. In the recomputation of a
     checkpointed forward (any forward inside a backward pass) the running statistics do not move. `torch.fx` records the
-    layer's call, as of torch's own; `torch.jit.script` is refused.
+    layer's call, as of torch's own; `torch.jit.script` is refused, and so is `torch.jit.trace` of sampled
+    statistics in training mode.
 
     Args:
         num_features: C, the number of channels.
