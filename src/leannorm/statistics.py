@@ -106,7 +106,7 @@ def refuse_jit_trace(what: object) -> None:
     Raises:
         TypeError: while tracing.
     """
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         raise TypeError(
             f"torch.jit.trace cannot record {what} in training mode, where the input's shape decides what is computed: "
             "call model.eval() first, take torch.export or torch.compile, or leannorm.revert(model)"
