@@ -69,6 +69,15 @@ def test_counts_that_are_rounded_below_the_minimum_grow():
         assert [dimension[2:] for dimension in box[1:]] == expected, shape
 
 
+def test_growing_to_the_minimum_compiles():
+    torch._dynamo.reset()
+    layer = leannorm.BatchNorm2d(3, statistics=leannorm.GridSampling(1 / 32))
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    for samples in (15, 20):
+        x = torch.randn(samples, 3, 8, 8)
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
 @given(
     st.sampled_from(["fs", "grid"]), st.integers(20, 60), st.sampled_from([1 / 4, 1 / 8, 1 / 16, 1 / 32]), st.booleans()
 )

@@ -120,8 +120,9 @@ class _SpatialSampling(_Sampling):
         least = min(self.minimum, repeats * math.prod(sampled))
         counts = self._counts(sampled, target, by_rows)
         taken = [self._taken(size, count) for size, count in zip(sampled, counts, strict=True)]
-        while repeats * math.prod(count for count, _ in taken) < least:  # counts are rounded, down too
-            _, d = min((taken[d][0] / size, d) for d, size in enumerate(sampled))
+        while repeats * math.prod([count for count, _ in taken]) < least:  # counts are rounded, down too
+            shares = [count / size for (count, _), size in zip(taken, sampled, strict=True)]
+            d = shares.index(min(shares))
             counts[d] += 1
             taken[d] = self._taken(sampled[d], counts[d])
         box: tuple[int, ...] = () if samples_alone else (0, 1, repeats, 1)
