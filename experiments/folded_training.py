@@ -40,7 +40,7 @@ FORMS = ("unfused", "moved", "fused", "folded")
 DTYPES = ("float64", "float32")
 STEPS, BATCH = 20, 64  # of the first steps
 RATES = {0.004: "where the one-cycle schedule begins", 0.1: "its highest, without a warm-up"}
-SEEDS, EPOCHS = 6, 4  # of the trainings, by the first source
+SEEDS, EPOCHS = 4, 4  # of the trainings, by the first source
 RUNS = Path("runs/folded-training")
 RESULT, PAGE = Path("benchmarks/results/folded-training.json"), Path("docs/folded-training.md")
 

@@ -1,6 +1,7 @@
 """Folded trainings beside unfused ones: curves, resuming, the page; with the digits."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -91,3 +92,13 @@ def test_the_page_says_what_the_numbers_are():
     assert "| 2 | 0.0e+00 | 5.0e-01 |" in text
     assert "| 0 | 50.00% | 52.00% | +2.00 |" in text
     assert "| mean | 50.00% | 51.00% | +1.00 ± 12.71: not resolved |" in text
+
+
+def test_the_committed_page_is_made_from_the_committed_record():
+    found = records.read(Following, ROOT / folded_training.RESULT)
+    assert folded_training.page(found) == (ROOT / folded_training.PAGE).read_text(encoding="utf-8")
+    assert {len(curve.losses) for curve in found.curves} == {folded_training.STEPS}
+    keys = itertools.product(
+        folded_training.RATES, folded_training.SOURCES, folded_training.DTYPES, folded_training.FORMS
+    )
+    assert sorted((c.learning_rate, c.statistics, c.dtype, c.form) for c in found.curves) == sorted(keys)
