@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from trials import Arm, Scale, Trial
 
 from leannorm import records
+from leannorm.records import Environment
 
 FIXED = 0.9  # of the first arm's accuracy: what "epochs to" counts to
 
@@ -94,6 +95,16 @@ def plot(title: str, arms: tuple[Arm, ...], found: list[Trial]) -> str:
     return buffer.getvalue()
 
 
+def made_with(environments: set[Environment]) -> str:
+    """Name machines, versions and commits in one line."""
+    made = (
+        f"{e.machine}, {e.cores} cores, Python {e.python}, torch {dict(e.versions).get('torch')}, "
+        f"leannorm at {e.commit[:12]}"
+        for e in environments
+    )
+    return "; ".join(sorted(made)) or "nothing was run"
+
+
 def write_page(
     folder: Path, name: str, title: str, intro: str, scale: Scale, arms: tuple[Arm, ...], found: list[Trial]
 ) -> Path:
@@ -101,14 +112,7 @@ def write_page(
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{name}-{scale.name}"
     records.write_text(folder / f"{stem}.svg", plot(title, arms, found))
-    environments = {each.run.environment for each in found if each.run is not None}
-    made = "; ".join(
-        sorted(
-            f"{e.machine}, {e.cores} cores, Python {e.python}, torch {dict(e.versions).get('torch')}, "
-            f"leannorm at {e.commit[:12]}"
-            for e in environments
-        )
-    )
+    made = made_with({each.run.environment for each in found if each.run is not None})
     text = f"""# {title}
 
 {intro}
@@ -124,7 +128,7 @@ of other images and networks: compare the order, not the values. Raw results: `b
 
 ![validation accuracy over epochs]({stem}.svg)
 
-Made with: {made or "nothing was run"}.
+Made with: {made}.
 """
     records.write_text(folder / f"{stem}.md", text)
     return folder / f"{stem}.md"

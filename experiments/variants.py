@@ -1,10 +1,11 @@
-"""Models of the placement experiment, spelled `experiments/variants.py:NAME`."""
+"""Models of the experiments, spelled `experiments/variants.py:NAME`."""
 
 from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import nn
 
+import leannorm
 from leannorm.train.resnet import BasicBlock, ResNet, resnet8, resnet20
 
 
@@ -48,7 +49,15 @@ def _dropout(make: Callable[..., ResNet]) -> Callable[..., ResNet]:
     return build
 
 
+def _folded(make: Callable[..., ResNet]) -> Callable[..., ResNet]:
+    def build(num_classes: int, in_channels: int = 3) -> ResNet:
+        return leannorm.fuse(make(num_classes, in_channels), convolution=True)[0]
+
+    return build
+
+
 resnet8_after_activation, resnet20_after_activation = map(_after_activation, (resnet8, resnet20))
 resnet8_gamma_01, resnet20_gamma_01 = (_gamma(make, 0.1, last_alone=False) for make in (resnet8, resnet20))
 resnet8_gamma_0, resnet20_gamma_0 = (_gamma(make, 0.0, last_alone=True) for make in (resnet8, resnet20))
 resnet8_dropout, resnet20_dropout = map(_dropout, (resnet8, resnet20))
+resnet8_folded, resnet20_folded = map(_folded, (resnet8, resnet20))

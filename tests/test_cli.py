@@ -162,21 +162,32 @@ def test_python_m_leannorm_is_the_command():
     assert result.stderr.startswith("error: ")
 
 
-def test_a_terminated_deploy_cleans_up_and_exits_by_convention(tmp_path):
-    # stands in for the slow part of the work, where the signal comes
+STOPS = {  # the signal comes with the call of this name, after which so many files are there
+    "while files are made": ("(folder / 'model.fp32.onnx').write_bytes(b'half')", "Path.write_bytes", 0),
+    "between the moves": ("[(folder / file).touch() for file in shipping.FILES]", "Path.replace", 0),
+    "after the moves": ("[(folder / file).touch() for file in shipping.FILES]", "shutil.rmtree", 5),
+}
+
+
+@pytest.mark.parametrize(("work", "call", "files"), STOPS.values(), ids=STOPS)
+def test_a_terminated_deploy_says_what_it_left_and_exits_by_convention(tmp_path, work, call, files):
+    # stands in for the slow part of the work
     doomed = textwrap.dedent(f"""
-        import os, signal, sys, types
+        import os, shutil, signal, sys, types
         from pathlib import Path
         from leannorm import cli
         from leannorm.deploy import shipping
 
         def deploy(checkpoint, *, out, **options):
             with shipping._staged(out) as folder:
-                (folder / "model.fp32.onnx").write_bytes(b"half")
                 print(folder.name)
-                os.kill(os.getpid(), signal.SIGTERM)
-                signal.pause()
+                {work}
 
+        def then_stopped(*args, plain={call}, **options):
+            plain(*args, **options)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        {call} = then_stopped
         module = types.ModuleType("leannorm.deploy")
         module.deploy = deploy
         sys.modules["leannorm.deploy"] = module
@@ -186,8 +197,10 @@ def test_a_terminated_deploy_cleans_up_and_exits_by_convention(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode == 128 + signal.SIGTERM, result.stderr
     assert result.stdout.startswith(".deploy.")
-    assert result.stderr == "terminated: nothing was changed\n"
-    assert not (tmp_path / "out").exists()
+    said = f"all files are in {tmp_path / 'out'}" if files else "nothing was changed"
+    assert result.stderr == f"terminated: {said}\n"
+    assert len(list(tmp_path.glob("out/*"))) == files
+    assert files or not (tmp_path / "out").exists()
 
 
 def test_the_handler_of_sigterm_is_put_back(monkeypatch):

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -154,6 +155,35 @@ def test_a_forward_on_the_instance_is_refused():
 def test_jit_trace_in_eval_mode():
     model = network("grid:1/8").eval()
     torch.testing.assert_close(torch.jit.trace(model, images())(images(5)[:2]), model(images(5)[:2]))
+
+
+def training_trace(model):
+    with warnings.catch_warnings(action="ignore"):
+        return torch.jit.trace(model, images(), check_trace=False)
+
+
+@pytest.mark.parametrize("target", ["grid:1/8", "bs:1/4", "fs:1/8@step+vdn:1", "vdn:1", "ghost:2", "range:4"])
+def test_jit_trace_of_what_the_shape_decides_is_refused_in_training_mode(target):
+    model = network(target)
+    for fused in (False, True):
+        if fused:
+            leannorm.fuse(model, convolution=True)
+        with pytest.raises(
+            TypeError, match=r"jit\.trace cannot record .* in training mode.* call model\.eval\(\) first"
+        ):
+            training_trace(model)
+    reverted, _ = leannorm.revert(model.eval())
+    torch.testing.assert_close(training_trace(reverted)(images(5)), reverted(images(5)))
+
+
+@pytest.mark.parametrize("target", ["full", "gn:2", "l1", "renorm:3"])
+def test_jit_trace_in_training_mode_follows_the_batch(target):
+    model = network(target)
+    traced = training_trace(copy.deepcopy(model))
+    model(images())
+    for batch in (images(5), images(6)[:3, :, :9]):
+        torch.testing.assert_close(traced(batch), model(batch))
+    torch.testing.assert_close(dict(traced.named_buffers()), dict(model.named_buffers()))
 
 
 @pytest.mark.parametrize("target", ["grid:1/8", "ghost:2", "mabn:2"])

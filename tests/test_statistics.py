@@ -55,9 +55,27 @@ def test_the_minimum_is_kept_wherever_the_tensor_has_that_many(source, shape, by
     regions = source.regions(shape, by_rows=by_rows)
     elements = math.prod((shape[0], *shape[2:]))
     taken = round(1 / regions.inverse_count)
-    # counts a dimension are whole numbers, so the target is met up to their rounding
-    assert taken >= min(elements, source.minimum) / 2
-    assert taken <= elements
+    assert min(elements, source.minimum) <= taken <= elements
+
+
+def test_counts_that_are_rounded_below_the_minimum_grow():
+    for shape, by_rows, expected in (
+        ((15, 3, 8, 8), False, [(3, 3), (2, 4)]),  # rounded 2 x 2: 60 of 64
+        ((4, 3, 9, 7), False, [(5, 2), (4, 2)]),  # rounded 5 x 3: 60 of 64
+        ((1, 3, 9, 11), True, [(7, 1), (11, 1)]),  # 6 of 9 rows are every other one: 55; whole rows stay whole
+    ):
+        regions = leannorm.GridSampling(1 / 32).regions(shape, by_rows=by_rows)
+        box = (boxes_of(regions, 3) or [[(0, 1, size, 1) for size in (shape[0], *shape[2:])]])[0]
+        assert [dimension[2:] for dimension in box[1:]] == expected, shape
+
+
+def test_growing_to_the_minimum_compiles():
+    torch._dynamo.reset()
+    layer = leannorm.BatchNorm2d(3, statistics=leannorm.GridSampling(1 / 32))
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    for samples in (15, 20):
+        x = torch.randn(samples, 3, 8, 8)
+        torch.testing.assert_close(compiled(x), layer(x))
 
 
 @given(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from leannorm.termination import unwound
+from leannorm.termination import left, unwound
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -134,8 +134,8 @@ def deploy(
 
         out = out or checkpoint.parent / "deployed"
         deployment = ship(checkpoint, data=data, out=out, precision=precision, overwrite=overwrite, prune=prune)
-        rich.print(text.summary([deployment]))
-        typer.echo(f"files and report: {out}")
+    rich.print(text.summary([deployment]))
+    typer.echo(f"files and report: {out}")
     raise typer.Exit(0 if deployment.passed else 1)
 
 
@@ -349,7 +349,7 @@ def _measure(plan: Plan, *, quick: bool, threads: int | None, out: Path | None, 
 
 
 @contextmanager
-def _clean_errors(interrupted: str = "interrupted: nothing was changed") -> Iterator[None]:
+def _clean_errors(interrupted: str | None = None) -> Iterator[None]:
     """Show what the user can mend as one message, and an interruption as what it means."""
     try:
         yield
@@ -357,7 +357,7 @@ def _clean_errors(interrupted: str = "interrupted: nothing was changed") -> Iter
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
-        typer.echo(interrupted, err=True)
+        typer.echo(interrupted or f"interrupted: {left(error)}", err=True)
         raise typer.Exit(130) from error
 
 

@@ -100,6 +100,11 @@ class _SpatialSampling(_Sampling):
     def _step(self, size: int, count: int) -> int:
         raise NotImplementedError
 
+    def _taken(self, size: int, count: int) -> tuple[int, int]:
+        """Give how many places a dimension has at the step that ``count`` of them ask for, and that step."""
+        step = self._step(size, count)
+        return min(count, (size - 1) // step + 1), step
+
     def _counts(self, sizes: Sequence[int], target: float, by_rows: bool) -> list[int]:
         return _spread(sizes, target)
 
@@ -112,10 +117,16 @@ class _SpatialSampling(_Sampling):
         target = self.fraction * math.prod(sampled)
         if target * repeats < self.minimum:
             target = min(self.minimum / repeats, math.prod(sampled))
+        least = min(self.minimum, repeats * math.prod(sampled))
+        counts = self._counts(sampled, target, by_rows)
+        taken = [self._taken(size, count) for size, count in zip(sampled, counts, strict=True)]
+        while repeats * math.prod([count for count, _ in taken]) < least:  # counts are rounded, down too
+            shares = [count / size for (count, _), size in zip(taken, sampled, strict=True)]
+            d = shares.index(min(shares))
+            counts[d] += 1
+            taken[d] = self._taken(sampled[d], counts[d])
         box: tuple[int, ...] = () if samples_alone else (0, 1, repeats, 1)
-        for d, (size, count) in enumerate(zip(sampled, self._counts(sampled, target, by_rows), strict=True)):
-            step = self._step(size, count)
-            count = min(count, (size - 1) // step + 1)
+        for d, (size, (count, step)) in enumerate(zip(sampled, taken, strict=True)):
             span = size - (count - 1) * step
             start = 0
             if self.position == "fixed":

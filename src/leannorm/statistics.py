@@ -84,6 +84,8 @@ class Statistics:
 
 
 def _regions(source: Statistics, shape: Sequence[int], place: int, by_rows: bool) -> Regions:
+    if not isinstance(source, FullBatch):
+        refuse_jit_trace(source)
     if 0 in shape:
         return Regions((), (), 0, 1.0)
     pairs = source.boxes(shape, place, by_rows)
@@ -96,6 +98,19 @@ def _regions(source: Statistics, shape: Sequence[int], place: int, by_rows: bool
 
 
 _cached_regions = lru_cache(maxsize=4096)(_regions)
+
+
+def refuse_jit_trace(what: object) -> None:
+    """Refuse `torch.jit.trace` for what Python code decides by an input's sizes, which a trace takes for tensors.
+
+    Raises:
+        TypeError: while tracing.
+    """
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        raise TypeError(
+            f"torch.jit.trace cannot record {what} in training mode, where the input's shape decides what is computed: "
+            "call model.eval() first, take torch.export or torch.compile, or leannorm.revert(model)"
+        )
 
 
 def sampled_dimensions(shape: Sequence[int]) -> tuple[int, ...]:

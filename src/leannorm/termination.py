@@ -27,7 +27,12 @@ def unwound() -> Iterator[None]:
         yield
     except SystemExit as end:
         if end.code == 128 + signal.SIGTERM:
-            print("terminated: nothing was changed", file=sys.stderr)  # noqa: T201 - the command's last words
+            print(f"terminated: {left(end)}", file=sys.stderr)  # noqa: T201 - the command's last words
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def left(end: BaseException) -> str:
+    """Say what a command that was stopped has left: what the exception's notes say, or nothing."""
+    return "; ".join(getattr(end, "__notes__", ())) or "nothing was changed"

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import leannorm
-from leannorm.train.models import import_torchvision
+from leannorm.train.models import build, import_torchvision
 
 import_torchvision()
 
@@ -194,6 +194,17 @@ def test_residual_blocks_whose_relu_is_used_again():
     assert isinstance(model[1], BasicBlock)
     assert type(model[1]) is type(model[2]) or model[2]._fused_rewrite != model[1]._fused_rewrite
     assert_same_training(model, reference, torch.randn(2, 4, 16, 16, dtype=torch.float64))
+
+
+def test_blocks_whose_shortcut_is_an_empty_sequential():
+    model = build("resnet8", classes=3, channels=4)
+    reference = copy.deepcopy(model)
+    _, report = leannorm.fuse(model)
+    images = torch.randn(2, 4, 16, 16)
+    actions = [change.action.removeprefix("batch norm") for change in report.changes]
+    calls = [" + add" * call["residual"] + " + relu" * call["activation"] for call in operator_calls(model, images)]
+    assert sorted(calls) == sorted(actions)
+    assert_same_training(model, reference, images.double())
 
 
 class Branches(nn.Module):

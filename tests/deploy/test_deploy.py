@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -123,6 +125,41 @@ def test_a_failure_on_the_way_leaves_everything_as_it_was(checkpoint, tmp_path, 
     with pytest.raises(OSError, match="no space"):
         deploy(checkpoint, out=out, overwrite=True)
     assert contents(out) == {"model.fp32.onnx": b"old"} if exists else not out.exists()
+
+
+OLD = {"model.fp32.onnx": b"old", "model.int8.onnx": b"old", "report.html": b"old"}
+NEW = {"model.fp32.onnx": b"new", "model.mixed.onnx": b"new", "report.json": b"new"}
+
+
+@pytest.mark.parametrize(("held", "moves"), [({}, 3), (OLD, 6)])
+def test_a_stop_between_the_moves_leaves_everything_as_it_was(tmp_path, monkeypatch, held, moves):
+    plain, calls = Path.replace, itertools.count(1)
+
+    def move_and_stop(path, target):
+        plain(path, target)
+        if next(calls) == stop:
+            raise SystemExit(143)
+
+    monkeypatch.setattr(Path, "replace", move_and_stop)
+
+    def ship(out):
+        with shipping._staged(out) as folder:
+            for name, content in NEW.items():
+                (folder / name).write_bytes(content)
+
+    for stop in range(1, moves + 2):
+        calls, out = itertools.count(1), tmp_path / str(stop)
+        if held:
+            out.mkdir()
+        for name, content in held.items():
+            (out / name).write_bytes(content)
+        if stop > moves:
+            ship(out)
+            assert contents(out) == NEW
+        else:
+            with pytest.raises(SystemExit):
+                ship(out)
+            assert contents(out) == held if held else not out.exists()
 
 
 def test_a_truncated_checkpoint_is_an_error_and_makes_no_folder(checkpoint, tmp_path):

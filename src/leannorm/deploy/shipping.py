@@ -158,21 +158,43 @@ def _check_folder(out: Path, *, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def _staged(out: Path) -> Iterator[Path]:
-    """A hidden folder inside ``out`` whose files move to ``out`` at the end, or vanish with what was made for them."""
-    made = not out.exists()
+    """A hidden folder inside ``out`` whose files move to ``out`` at the end, or vanish with what was made for them.
+
+    What an exception leaves is all of it or nothing; where it is all, the exception has a note.
+    """
+    made, moved = not out.exists(), False
     out.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(dir=out, prefix=".deploy.") as name:
             yield Path(name)
-            for file in FILES:
-                if (Path(name) / file).exists():
-                    (Path(name) / file).replace(out / file)
-                else:
-                    (out / file).unlink(missing_ok=True)  # of the deployment that this one replaces
-    except BaseException:
-        if made:
+            _move(Path(name), out)
+            moved = True
+    except BaseException as error:
+        if moved:
+            error.add_note(f"all files are in {out}")
+        elif made:
             with contextlib.suppress(OSError):  # somebody else put something there
                 out.rmdir()
+        raise
+
+
+def _move(folder: Path, out: Path) -> None:
+    """Put a deployment in the place of another; an exception in between puts that one back."""
+    replaced = folder / "replaced"
+    replaced.mkdir()
+    held = [file for file in FILES if (out / file).exists()]
+    try:
+        for file in held:
+            (out / file).replace(replaced / file)
+        for file in FILES:
+            if (folder / file).exists():
+                (folder / file).replace(out / file)
+    except BaseException:
+        for file in FILES:
+            if (replaced / file).exists():
+                (replaced / file).replace(out / file)
+            elif file not in held:
+                (out / file).unlink(missing_ok=True)
         raise
 
 

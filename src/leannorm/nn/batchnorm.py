@@ -45,7 +45,7 @@ class SampledBatchNorm(Unscriptable, _BatchNorm):
     and when frozen, the running statistics are used: on the CPU by one native operator, elsewhere, and where the layer
     is exported, compiled or traced, by PyTorch's plain operators. In the recomputation of a checkpointed forward (any
     forward inside a backward pass) the running statistics do not move. `torch.fx` records the layer's call, as of
-    torch's own; `torch.jit.script` is refused.
+    torch's own; `torch.jit.script` is refused, and so is `torch.jit.trace` of sampled statistics in training mode.
 
     Args:
         num_features: C, the number of channels.

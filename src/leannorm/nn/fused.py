@@ -226,7 +226,8 @@ def children_of_containers(block: nn.Module) -> tuple[tuple[str, tuple[str, ...]
 
 def _submodule(module: nn.Module, path: str) -> nn.Module:
     for name in path.split(".") if path else ():
-        module = module._modules[name] or module
+        child = module._modules[name]
+        module = module if child is None else child  # not by its truth: an empty Sequential is false
     return module
 
 

@@ -10,6 +10,7 @@ from leannorm.activation import Activation
 from leannorm.methods import GhostBatch
 from leannorm.nn.method import MethodNorm, count, unbiased
 from leannorm.ops.contract import accumulation_dtype
+from leannorm.statistics import refuse_jit_trace
 
 
 class GhostBatchNorm(MethodNorm):
@@ -32,6 +33,7 @@ class GhostBatchNorm(MethodNorm):
     method: GhostBatch
 
     def _normalize(self, input: Tensor, residual: Tensor | None, activation: str | Activation | None) -> Tensor:
+        refuse_jit_trace(self.method)
         chunks = -(-input.shape[0] // self.method.samples)
         size, larger = divmod(input.shape[0], chunks)
         x = input.to(accumulation_dtype(input.dtype))

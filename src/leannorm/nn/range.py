@@ -9,6 +9,7 @@ from torch import Tensor
 from leannorm.methods import RangeDeviation
 from leannorm.nn.method import MomentsNorm, count
 from leannorm.ops.contract import accumulation_dtype
+from leannorm.statistics import refuse_jit_trace
 
 
 class RangeBatchNorm(MomentsNorm):
@@ -29,6 +30,7 @@ class RangeBatchNorm(MomentsNorm):
     method: RangeDeviation
 
     def _moments(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        refuse_jit_trace(self.method)
         elements = count(input)
         chunks = math.gcd(self.method.chunks, elements)
         if chunks == elements:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from leannorm.nn.entry import Entry
-from leannorm.statistics import VirtualDataset
+from leannorm.statistics import VirtualDataset, refuse_jit_trace
 
 
 @dataclass
@@ -36,6 +36,7 @@ class VirtualEntry(Entry):
         self.mark.rows = None
         if not module.training:
             return None
+        refuse_jit_trace(self.source)
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim > 0]
         batch = next((t.shape[0] for t in tensors if t.is_floating_point() and t.ndim > 1), None)
         if batch is None:
