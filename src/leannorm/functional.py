@@ -197,8 +197,8 @@ def normalize(
     """Normalize with given statistics (or, where they are None, the batch's own), as a layer does in eval mode.
 
     In eager mode one native operator computes all of it where a residual or an activation follows and it takes the
-    call. PyTorch's own operators compute it elsewhere: a layer alone gives PyTorch's result bit for bit, and all export,
-    compile and trace to plain operators. Arguments as in `batch_norm`; the statistics are constants.
+    call. PyTorch's own operators compute it elsewhere: a layer alone gives PyTorch's result bit for bit, and all
+    export, compile and trace to plain operators. Arguments as in `batch_norm`; the statistics are constants.
 
     Raises:
         TypeError: for an input that is not floating.

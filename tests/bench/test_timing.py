@@ -56,6 +56,13 @@ def test_a_side_may_rest_before_each_sample_and_warms_up_untimed(clock, monkeypa
     assert sampled.seconds == pytest.approx([10e-3] * 3)
 
 
+def test_untimed_iterations_of_a_side_come_before_each_sample(clock):
+    a, b = timing.interleave({"a": clock.step("a", 10_000_000), "b": clock.step("b", 20_000_000)}, repeats=2, untimed=2)
+    assert [clock.calls[-12:][i : i + 3] in (["a"] * 3, ["b"] * 3) for i in range(0, 12, 3)] == [True] * 4
+    assert a.seconds == pytest.approx([10e-3] * 2)
+    assert b.seconds == pytest.approx([20e-3] * 2)
+
+
 def test_no_garbage_is_collected_within_samples(clock):
     enabled = []
     (sampled,) = timing.interleave({"a": lambda: enabled.append(gc.isenabled())}, repeats=3, shortest_sample=0.0)

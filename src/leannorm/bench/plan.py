@@ -92,7 +92,8 @@ class TrainingPlan(Plan):
     """What `leannorm bench training` measures: the step of each torchvision model, channels_last.
 
     ``dtype`` bf16 is autocast: parameters and optimizer stay in fp32. The gate, in float64 too, takes at most
-    ``gate_batch`` images.
+    ``gate_batch`` images. Each sample follows ``settle`` untimed steps of the same model, as a training's steps follow
+    each other: after another model's step the C library has other memory at hand.
     """
 
     ON_CUDA: ClassVar = {
@@ -105,6 +106,7 @@ class TrainingPlan(Plan):
 
     batch: int = 8
     gate_batch: int = 2**31
+    settle: int = 1
     dtype: str = "fp32"
     models: tuple[str, ...] = ("resnet50", "densenet121", "efficientnet_b0", "mobilenet_v3_large", "regnet_y_400mf")
 
@@ -112,6 +114,8 @@ class TrainingPlan(Plan):
         super().__post_init__()
         if self.dtype not in DTYPES:
             raise ValueError(f"unknown dtype {self.dtype!r}; expected one of {', '.join(DTYPES)}")
+        if self.settle < 0:
+            raise ValueError(f"settle must be at least 0, got {self.settle}")
 
 
 P = TypeVar("P", bound=Plan)

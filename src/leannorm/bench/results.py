@@ -96,7 +96,7 @@ class TrainingCase:
 
 @dataclass(frozen=True)
 class TrainingBenchmark:
-    """Everything `leannorm bench training` measured."""
+    """Everything `leannorm bench training` measured; each sample followed ``settle`` untimed steps of the same side."""
 
     kind: str
     conditions: Conditions
@@ -105,6 +105,7 @@ class TrainingBenchmark:
     layout: str
     dtype: str
     cases: tuple[TrainingCase, ...]
+    settle: int = 0
 
 
 KINDS = {"layers": LayerBenchmark, "training": TrainingBenchmark}

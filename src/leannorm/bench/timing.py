@@ -28,6 +28,7 @@ def interleave(
     device: str = "cpu",
     shortest_sample: float = SHORTEST_SAMPLE,
     rest: float = 0.0,
+    untimed: int = 0,
 ) -> tuple[Timing, ...]:
     """Time steps against each other.
 
@@ -42,6 +43,7 @@ def interleave(
         shortest_sample: seconds.
         rest: seconds to sleep before each sample, and then to warm up by one untimed iteration: threads of another
             side's library may go on spinning for a while after its last iteration.
+        untimed: iterations before each sample, until caches and the allocator are as this side alone would have them.
 
     Returns:
         One timing a side, in the order of ``steps``.
@@ -57,6 +59,7 @@ def interleave(
             for side in order:
                 if rest:
                     time.sleep(rest)
+                for _ in range(max(untimed, rest > 0)):
                     steps[side]()
                 samples[side].append(seconds_of(steps[side], iterations[side]))
     return tuple(Timing(side, iterations[side], tuple(samples[side])) for side in steps)

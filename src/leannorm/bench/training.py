@@ -62,6 +62,7 @@ def run(plan: TrainingPlan, conditions: Conditions, *, progress: bool = False) -
         batch=plan.batch,
         layout="channels_last",
         dtype=plan.dtype,
+        settle=plan.settle,
         cases=tuple(cases),
     )
 
@@ -121,6 +122,7 @@ def measure(name: str, plan: TrainingPlan) -> tuple[tuple[SavedBytes, ...], tupl
         seed=plan.seed,
         device=plan.device,
         shortest_sample=0.0 if plan.quick else timing.SHORTEST_SAMPLE,
+        untimed=plan.settle,
     )
     return kept, timed
 
