@@ -85,7 +85,10 @@ def _empty_like(x: Tensor) -> Tensor:
     """Give `torch.empty_like`, for large tensors in memory that is kept; see `leannorm.empty_cache`."""
     if x.dtype not in _DTYPES or x.nbytes < _LEAST_KEPT or "LEANNORM_NO_CPU_MEMORY_CACHING" in os.environ:
         return torch.empty_like(x)
-    return from_dlpack(_kernels.kept_tensor(_DTYPES[x.dtype], x.shape, _strides_like(x.shape, x.stride())))
+    try:
+        return from_dlpack(_kernels.kept_tensor(_DTYPES[x.dtype], x.shape, _strides_like(x.shape, x.stride())))
+    except MemoryError:
+        return torch.empty_like(x)  # whose error says how much there was to be
 
 
 @lru_cache(maxsize=4096)
