@@ -240,7 +240,8 @@ def scale_shift(
     """
     if (
         _is_native(input, (), (scale, shift, residual))
-        and scale.numel() == shift.numel() == input.shape[1]
+        and scale.shape == shift.shape == (input.shape[1], *(1,) * (input.ndim - 2))
+        and scale.dtype == shift.dtype == input.dtype
         and (residual is None or (residual.shape, residual.dtype) == (input.shape, input.dtype))
     ):
         zeros = scale.new_zeros(input.shape[1], dtype=torch.float32)
