@@ -11,7 +11,7 @@ from torch import Tensor
 from leannorm.activation import Activation, as_activation
 from leannorm.backends import cpu
 from leannorm.ops import autograd, definition, eager
-from leannorm.ops.conv_batch_norm import memory_format, output_shape
+from leannorm.ops import conv_batch_norm as folded
 from leannorm.ops.definition import activate
 from leannorm.statistics import FullBatch, Regions, Statistics
 
@@ -122,9 +122,9 @@ def conv_batch_norm(
     >>> y.shape, mean
     (torch.Size([2, 3, 2, 2]), tensor([9., 9., 9.]))
     """
-    shape = output_shape(input.shape, conv_weight.shape, stride, padding, dilation)
+    shape = folded.output_shape(input.shape, conv_weight.shape, stride, padding, dilation)
     _check(shape, input, weight, bias, residual)
-    by_rows = memory_format(input, conv_weight) == torch.contiguous_format
+    by_rows = folded.memory_format(input, conv_weight) == torch.contiguous_format
     regions = statistics.regions(shape, by_rows=by_rows) if isinstance(statistics, Statistics) else statistics
     if not regions.boxes:
         raise ValueError(
@@ -133,7 +133,7 @@ def conv_batch_norm(
         )
     _check_regions(regions, shape, eps)
     kind, parameters = _kind(activation)
-    y, mean, var, *_ = torch.ops.leannorm.conv_batch_norm(
+    y, mean, var = folded.conv_batch_norm(
         input, conv_weight, conv_bias, weight, bias, residual,
         list(stride), list(padding), list(dilation), groups,
         _draw(regions, input), list(regions.boxes), list(regions.weights), eps,
@@ -196,9 +196,9 @@ def normalize(
 ) -> Tensor:
     """Normalize with given statistics (or, where they are None, the batch's own), as a layer does in eval mode.
 
-    In eager mode one native operator computes all of it where it takes the call. PyTorch's own operators compute it
-    elsewhere, so that it exports, compiles and traces to plain operators. Arguments as in `batch_norm`; the statistics
-    are constants.
+    In eager mode one native operator computes all of it where a residual or an activation follows and it takes the
+    call. PyTorch's own operators compute it elsewhere: a layer alone gives PyTorch's result bit for bit, and all export,
+    compile and trace to plain operators. Arguments as in `batch_norm`; the statistics are constants.
 
     Raises:
         TypeError: for an input that is not floating.
@@ -212,7 +212,8 @@ def normalize(
         parameters = [None if p is None else p.to(wide) for p in parameters]
     mean, var, weight, bias = parameters
     kind = _kind(activation)
-    if mean is not None and var is not None and _is_native(input, (mean, var), (weight, bias, residual)):
+    followed = residual is not None or kind[0] != ""  # else PyTorch's is one operator, too, and the same in bits
+    if followed and mean is not None and var is not None and _is_native(input, (mean, var), (weight, bias, residual)):
         dtype = torch.float32
         return autograd.normalize(input, mean.to(dtype), var.to(dtype), weight, bias, residual, eps, *kind)
     y = F.batch_norm(input, mean, var, weight, bias, mean is None, 0.0, eps)

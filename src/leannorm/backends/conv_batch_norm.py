@@ -15,7 +15,7 @@ from torch import Tensor
 
 from leannorm.backends.activated_convolution import Convolution, activated
 from leannorm.backends.sampled_windows import Window, windows
-from leannorm.ops import definition
+from leannorm.ops import definition, eager
 from leannorm.ops.contract import accumulation_dtype, library, takes_output
 from leannorm.ops.conv_batch_norm import convolution, memory_format, sampled_elements
 from leannorm.ops.definition import per_channel, reduced_dimensions
@@ -170,5 +170,10 @@ def _convolution_backward(g: Tensor, x: Tensor, weight: Tensor, settings: Convol
     )  # fmt: skip
 
 
-library.impl("conv_batch_norm", _conv_batch_norm, "CompositeExplicitAutograd")
-library.impl("conv_batch_norm_backward", _conv_batch_norm_backward, "CompositeExplicitAutograd")
+for _name, _kernel in (
+    ("conv_batch_norm", _conv_batch_norm),
+    ("conv_batch_norm_backward", _conv_batch_norm_backward),
+):
+    library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    for _device in ("cpu", "cuda"):
+        eager.provide(_name, _kernel, _device)

@@ -29,6 +29,7 @@ from leannorm.statistics import Statistics, WeightedSum, sampled_dimensions
 
 _NORMALIZATION = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _PYTORCH, _CONVOLUTIONS = "PyTorch", "PyTorch's convolutions"
+_ALONE = "with given statistics and nothing after it, batch norm is one pass of PyTorch's own operator, too"
 _EVAL = "it is in eval mode: leannorm.fold leaves no normalization in a model that is shipped"
 _UNREACHED = "these example inputs do not reach it"
 
@@ -128,7 +129,10 @@ def _explained(name: str, module: nn.Module, call: _Call, fusing: _Fusing) -> La
         reasons = call.reasons if module.frozen else (*call.reasons, _EVAL)
         fused = fusing.done and call.served_by != (_PYTORCH,)
         operator = fusing.action(name, module).removeprefix("convolution + ") if fused else call.operator
-        return LayerExplanation(name, kind, source, operator, ", ".join(call.served_by), reasons)
+        served_by = ", ".join(call.served_by)
+        if operator == "batch norm" and served_by != _PYTORCH:
+            served_by, reasons = _PYTORCH, (_ALONE, *reasons)
+        return LayerExplanation(name, kind, source, operator, served_by, reasons)
     reasons = list(call.reasons)
     if isinstance(module, MethodNorm):
         if not call.served_by:

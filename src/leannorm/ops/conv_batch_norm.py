@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leannorm.ops import definition
+from leannorm.ops import definition, eager
 from leannorm.ops.contract import accumulation_dtype, library, takes_output
 
 _CONVOLUTION = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
@@ -149,7 +149,8 @@ def _backward(ctx, dy, *_):
     needed = ctx.needs_input_grad[:6]
     if torch.is_grad_enabled():
         return _differentiable_backward(ctx, dy)
-    dx, dweight, dgamma, dbeta, dresidual = torch.ops.leannorm.conv_batch_norm_backward(
+    backward = eager.kernel("conv_batch_norm_backward", x, dy) or torch.ops.leannorm.conv_batch_norm_backward
+    dx, dweight, dgamma, dbeta, dresidual = backward(
         dy, x, weight, gamma, at, mean, var, sample, *ctx.convolution, draw, boxes, weights, eps, activation,
         parameters, needed[0], needed[5] and activation != "",
     )  # fmt: skip
@@ -193,6 +194,29 @@ def _differentiable_backward(ctx, dy):
 
 
 torch.library.register_autograd("leannorm::conv_batch_norm", _backward, setup_context=_setup_context, lib=library)
+
+
+class _ConvBatchNorm(torch.autograd.Function):
+    """As `leannorm.ops.autograd` has it for the layer alone."""
+
+    @staticmethod
+    def forward(ctx, *inputs_and_kernel):
+        *inputs, kernel = inputs_and_kernel
+        output = kernel(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return (*_backward(ctx, *gradients), None)
+
+
+def conv_batch_norm(x: Tensor, *others) -> tuple[Tensor, Tensor, Tensor]:
+    """Call the operator of this name, with its derivative; give y, mean and var."""
+    kernel = eager.kernel("conv_batch_norm", x)
+    call = torch.ops.leannorm.conv_batch_norm if kernel is None else _ConvBatchNorm.apply
+    y, mean, var, *_ = call(x, *others, *(() if kernel is None else (kernel,)))
+    return y, mean, var
 
 
 def _refuse(ctx, *_):
