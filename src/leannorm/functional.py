@@ -60,7 +60,7 @@ def batch_norm(
     if input.shape == (0,):  # torch takes an empty vector too
         y, mean, var = batch_norm(input[:, None], weight, bias, statistics=statistics, eps=eps, activation=activation)
         return y[:, 0], mean, var
-    _check(input.shape, input.dtype, weight, bias, residual)
+    _check(input.shape, input, weight, bias, residual)
     regions = statistics.regions_of(input) if isinstance(statistics, Statistics) else statistics
     _check_regions(regions, input.shape, eps)
     kind, parameters = _kind(activation)
@@ -123,7 +123,7 @@ def conv_batch_norm(
     (torch.Size([2, 3, 2, 2]), tensor([9., 9., 9.]))
     """
     shape = folded.output_shape(input.shape, conv_weight.shape, stride, padding, dilation)
-    _check(shape, input.dtype, weight, bias, residual)
+    _check(shape, input, weight, bias, residual)
     by_rows = folded.memory_format(input, conv_weight) == torch.contiguous_format
     regions = statistics.regions(shape, by_rows=by_rows) if isinstance(statistics, Statistics) else statistics
     if not regions.boxes:
@@ -149,7 +149,7 @@ def moments(input: Tensor) -> tuple[Tensor, Tensor]:
         TypeError: for an input that is not floating.
         ValueError: for an input without channels.
     """
-    _check(input.shape, input.dtype, None, None, None)
+    _check(input.shape, input, None, None, None)
     return torch.ops.leannorm.moments(input.detach(), None, [], [])
 
 
@@ -178,7 +178,7 @@ def normalize_by(
         TypeError: for an input that is not floating.
         ValueError: for shapes or dtypes that do not fit.
     """
-    _check(input.shape, input.dtype, weight, bias, residual)
+    _check(input.shape, input, weight, bias, residual)
     kind, parameters = _kind(activation)
     return definition.normalize(input, mean, var, weight, bias, residual, eps, kind, parameters)
 
@@ -204,7 +204,7 @@ def normalize(
         TypeError: for an input that is not floating.
         ValueError: for shapes, dtypes or devices that do not fit.
     """
-    _check(input.shape, input.dtype, weight, bias, residual)
+    _check(input.shape, input, weight, bias, residual)
     parameters = [running_mean, running_var, weight, bias]
     dtypes = {p.dtype for p in parameters if p is not None}
     if len(dtypes) > 1 or not dtypes <= {input.dtype, torch.float32}:
@@ -241,7 +241,8 @@ def scale_shift(
     """
     if (
         _is_native(input, (), (scale, shift, residual))
-        and scale.numel() == shift.numel() == input.shape[1]
+        and scale.shape == shift.shape == (input.shape[1], *(1,) * (input.ndim - 2))
+        and scale.dtype == shift.dtype == input.dtype
         and (residual is None or (residual.shape, residual.dtype) == (input.shape, input.dtype))
     ):
         zeros = scale.new_zeros(input.shape[1], dtype=torch.float32)
@@ -266,7 +267,7 @@ def transform(
         TypeError: for an input that is not floating.
         ValueError: for shapes or dtypes that do not fit.
     """
-    _check(input.shape, input.dtype, weight, bias, residual)
+    _check(input.shape, input, weight, bias, residual)
     kind, parameters = _kind(activation)
     return definition.transform(normalized, weight, bias, residual, kind, parameters).to(input.dtype)
 
@@ -287,8 +288,9 @@ def _kind(activation: str | Activation | None) -> tuple[str, tuple[float, ...]]:
 
 
 def _check(
-    shape: Sequence[int], dtype: torch.dtype, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+    shape: Sequence[int], input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> None:
+    dtype, device = input.dtype, input.device
     if not dtype.is_floating_point:
         raise TypeError(f"batch normalization needs a floating input, got {dtype}; call .float() on it first")
     if len(shape) < 2 and tuple(shape) != (0,):
@@ -304,6 +306,11 @@ def _check(
             f"residual must have the input's shape and dtype, {tuple(shape)} {dtype}, "
             f"got {tuple(residual.shape)} {residual.dtype}"
         )
+    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if tensor is not None and tensor.device != device:  # the kernels read memory by address
+            raise ValueError(
+                f"{name} must be on the input's device, {device}, got {tensor.device}; move the input or the module"
+            )
 
 
 def _check_regions(regions: Regions, shape: Sequence[int], eps: float) -> None:

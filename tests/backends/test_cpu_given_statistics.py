@@ -239,8 +239,10 @@ def test_statistics_of_another_shape_or_device_are_not_read():
     x = torch.randn(2, 3, 4, 4)
     with pytest.raises(RuntimeError, match="running_mean should contain 3 elements not 4"):
         normalize(x, torch.zeros(4), torch.ones(4))
+    with pytest.raises(ValueError, match="weight must be on the input's device, cpu, got meta"):
+        normalize(x, torch.zeros(3), torch.ones(3), torch.ones(3, device="meta"))
     with pytest.raises((RuntimeError, NotImplementedError)):
-        normalize(x, torch.zeros(3), torch.ones(3), torch.ones(3, device="meta")).sum().item()
+        normalize(x, torch.zeros(3, device="meta"), torch.ones(3)).sum().item()
 
 
 @native

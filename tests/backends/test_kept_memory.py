@@ -89,6 +89,12 @@ def test_empty_cache_leaves_what_is_in_use():
     assert (used == 3).all()
 
 
+def test_memory_that_is_not_to_be_had_is_torchs_error():
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        cpu._empty_like(torch.empty(1).expand(1 << 23, 1 << 23))
+    assert kept(2).fill_(1).all()
+
+
 def test_a_capsule_that_nobody_takes_gives_its_memory_back():
     capsule = cpu._kernels.kept_tensor(0, [MIB], [1])
     del capsule

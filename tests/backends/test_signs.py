@@ -99,6 +99,23 @@ def test_the_gradient_has_the_gradient_of_the_definition(activation, layout):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_default_device_is_not_the_inputs(residual):
+    layer, x, extra, dy = layer_and_inputs()
+    extra = extra if residual else None
+    expected = layer(x, extra)
+    with torch.device("meta"):
+        found = layer(x, extra)
+        gradients = torch.autograd.grad(found, [x, *layer.parameters()], dy)
+        with saved_tensors_hooks(lambda t: t.contiguous(), lambda t: t):
+            reordered = layer(x, extra)
+        others = torch.autograd.grad(reordered, [x, *layer.parameters()], dy)
+    assert torch.equal(found, expected)
+    for a, b in zip(gradients, others, strict=True):
+        assert a.device == x.device
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_nan_passes_as_in_torch():
     _, x, residual, _ = layer_and_inputs()
     with torch.no_grad():

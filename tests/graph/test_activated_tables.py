@@ -131,6 +131,9 @@ def test_what_the_kernel_does_not_take_is_computed_by_the_operators_there_were(r
     wide = torch.randn(1, 5, 1, 1)
     broadcast = scale_shift(torch.ones(2, 5, 3, 3), torch.ones(5, 1, 1), torch.zeros(5, 1, 1), wide, "relu")
     assert torch.equal(broadcast, F.relu(1 + wide.expand(2, 5, 3, 3)))
+    x, (scale, shift) = torch.randn(2, 5, 3, 5), torch.randn(2, 5)
+    assert torch.equal(scale_shift(x, scale, shift), torch.addcmul(shift, scale, x))  # along the last dimension
+    assert scale_shift(x.bfloat16(), scale.view(5, 1, 1), shift.view(5, 1, 1)).dtype == torch.float32
     assert kernels == []
 
 

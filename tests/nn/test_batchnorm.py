@@ -221,6 +221,16 @@ def test_copies_and_pickles():
             "residual must have",
         ),
         (
+            lambda: leannorm.BatchNorm2d(3, device="meta")(torch.ones(2, 3, 2, 2)),
+            ValueError,
+            "weight must be on the input's device, cpu, got meta",
+        ),
+        (
+            lambda: leannorm.BatchNorm2d(3)(torch.ones(2, 3, 2, 2), torch.ones(2, 3, 2, 2, device="meta")),
+            ValueError,
+            "residual must be on the input's device, cpu, got meta",
+        ),
+        (
             lambda: leannorm.BatchNorm2d(3, activation="rleu"),
             ValueError,
             "unknown activation 'rleu'; choose one of relu",

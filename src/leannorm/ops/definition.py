@@ -75,7 +75,7 @@ def activation_backward_by_signs(
     g: Tensor, signs: Tensor, strides: Sequence[int], activation: str, parameters: Sequence[float]
 ) -> Tensor:
     """Multiply g by act'(z) as the signs tell it of an output with these strides; see `leannorm.ops.contract`."""
-    bits = signs[:, None].bitwise_right_shift(torch.arange(8, dtype=torch.uint8)).bitwise_and(1)
+    bits = signs[:, None].bitwise_right_shift(torch.arange(8, dtype=torch.uint8, device=g.device)).bitwise_and(1)
     is_one = bits.flatten().bool().as_strided(g.shape, strides)
     return torch.where(is_one, g, g * parameters[0] if activation == "leaky_relu" else 0)
 

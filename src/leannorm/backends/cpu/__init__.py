@@ -85,7 +85,10 @@ def _empty_like(x: Tensor) -> Tensor:
     """Give `torch.empty_like`, for large tensors in memory that is kept; see `leannorm.empty_cache`."""
     if x.dtype not in _DTYPES or x.nbytes < _LEAST_KEPT or "LEANNORM_NO_CPU_MEMORY_CACHING" in os.environ:
         return torch.empty_like(x)
-    return from_dlpack(_kernels.kept_tensor(_DTYPES[x.dtype], x.shape, _strides_like(x.shape, x.stride())))
+    try:
+        return from_dlpack(_kernels.kept_tensor(_DTYPES[x.dtype], x.shape, _strides_like(x.shape, x.stride())))
+    except MemoryError:
+        return torch.empty_like(x)  # whose error says how much there was to be
 
 
 @lru_cache(maxsize=4096)
@@ -131,9 +134,9 @@ def _batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation
     plan = _plan_for(x, y, draw, boxes, weights)
     if plan is None:
         return aten.batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters)
-    mean, var = (torch.empty(x.shape[1], dtype=torch.float32) for _ in range(2))
+    mean, var = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
     sign_bytes = plan.sign_bytes() if with_signs else 0
-    signs = torch.empty(sign_bytes, dtype=torch.uint8) if sign_bytes else None
+    signs = x.new_empty(sign_bytes, dtype=torch.uint8) if sign_bytes else None
     _forward(plan.batch_norm, x, y, mean, var, weight, bias, residual, signs, draw, eps, activation, parameters)
     return (y, mean, var) if signs is None else (y, mean, var, signs)
 
