@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -213,9 +213,11 @@ def normalize(
     mean, var, weight, bias = parameters
     kind = _kind(activation)
     followed = residual is not None or kind[0] != ""  # else PyTorch's is one operator, too, and the same in bits
-    if followed and mean is not None and var is not None and _is_native(input, (mean, var), (weight, bias, residual)):
-        dtype = torch.float32
-        return autograd.normalize(input, mean.to(dtype), var.to(dtype), weight, bias, residual, eps, *kind)
+    if followed and mean is not None and var is not None:
+        kernel = _native(input, (mean, var), (weight, bias, residual))
+        if kernel is not None:
+            mean, var = mean.to(torch.float32), var.to(torch.float32)
+            return autograd.normalize(kernel, input, mean, var, weight, bias, residual, eps, *kind)
     y = F.batch_norm(input, mean, var, weight, bias, mean is None, 0.0, eps)
     if residual is not None:
         y = y + residual
@@ -239,15 +241,16 @@ def scale_shift(
     >>> scale_shift(x, torch.tensor([2.0, 3.0]), torch.tensor([0.5, 1.0]), None, "relu")
     tensor([[2.5000, 0.0000]])
     """
+    kernel = _native(input, (), (scale, shift, residual))
     if (
-        _is_native(input, (), (scale, shift, residual))
+        kernel is not None
         and scale.shape == shift.shape == (input.shape[1], *(1,) * (input.ndim - 2))
         and scale.dtype == shift.dtype == input.dtype
         and (residual is None or (residual.shape, residual.dtype) == (input.shape, input.dtype))
     ):
         zeros = scale.new_zeros(input.shape[1], dtype=torch.float32)
         constants = zeros, torch.ones_like(zeros), scale.flatten(), shift.flatten()
-        return autograd.normalize(input, *constants, residual, 0.0, activation, parameters)
+        return autograd.normalize(kernel, input, *constants, residual, 0.0, activation, parameters)
     y = torch.addcmul(shift, scale, input)
     return activate(y if residual is None else y + residual, activation, parameters)
 
@@ -272,14 +275,16 @@ def transform(
     return definition.transform(normalized, weight, bias, residual, kind, parameters).to(input.dtype)
 
 
-def _is_native(x: Tensor, statistics: Sequence[Tensor], others: Sequence[Tensor | None]) -> bool:
-    """Whether one native operator computes a call with given statistics: nothing watches, and it takes all tensors."""
-    return (
-        eager.kernel("normalize", x) is not None
+def _native(x: Tensor, statistics: Sequence[Tensor], others: Sequence[Tensor | None]) -> Callable[..., Tensor] | None:
+    """Give the native operator of a call with given statistics, where nothing watches and it takes all tensors."""
+    kernel = eager.kernel("normalize", x)
+    takes = (
+        kernel is not None  # first: a compiler cannot follow the rest
         and cpu.takes(x)
         and all(t.shape == (x.shape[1],) and t.device == x.device for t in statistics)
         and all(t is None or t.device == x.device for t in others)
     )
+    return kernel if takes else None
 
 
 def _kind(activation: str | Activation | None) -> tuple[str, tuple[float, ...]]:

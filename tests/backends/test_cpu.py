@@ -19,7 +19,6 @@ from leannorm.backends import aten, cpu
 from leannorm.functional import batch_norm
 
 pytestmark = pytest.mark.skipif(not cpu.available, reason="the extension was not built")
-SETS = cpu._kernels.instruction_sets() if cpu._kernels is not None else []
 HALVES = (torch.bfloat16, torch.float16)
 NATIVE_CASES = [case for case in CASES if "empty" not in case.name] + [
     Case("2d wide", (2, 300, 6, 6), "channels_last"),
@@ -28,14 +27,6 @@ NATIVE_CASES = [case for case in CASES if "empty" not in case.name] + [
     Case("2d, 8 channels", (2, 8, 70, 70)),
     Case("1d many", (600, 40)),
 ]
-
-
-@pytest.fixture(params=SETS)
-def instruction_set(request):
-    best = cpu._kernels.instruction_set()
-    cpu._kernels.use_instruction_set(request.param)
-    yield request.param
-    cpu._kernels.use_instruction_set(best)
 
 
 def laid_out(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

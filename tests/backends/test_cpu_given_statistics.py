@@ -20,7 +20,6 @@ from leannorm.ops import definition
 
 native = pytest.mark.skipif(not cpu.available, reason="the extension was not built")
 OPS = torch.ops.leannorm
-SETS = cpu._kernels.instruction_sets() if cpu._kernels is not None else []
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GIVEN_CASES = [case for case in CASES if "empty" not in case.name and case.name != "transposed"] + [
     Case("2d wide", (2, 300, 6, 6), "channels_last"),
@@ -28,14 +27,6 @@ GIVEN_CASES = [case for case in CASES if "empty" not in case.name and case.name 
     Case("2d, one sample of large planes", (1, 3, 260, 257)),
     Case("1d many", (600, 40)),
 ]
-
-
-@pytest.fixture(params=SETS)
-def instruction_set(request):
-    best = cpu._kernels.instruction_set()
-    cpu._kernels.use_instruction_set(request.param)
-    yield request.param
-    cpu._kernels.use_instruction_set(best)
 
 
 def problem(case, dtype, *, residual, seed=0):

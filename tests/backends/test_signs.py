@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_cpu import HALVES, NATIVE_CASES, SETS, problem
+from test_cpu import HALVES, NATIVE_CASES, problem
 from torch.autograd.graph import saved_tensors_hooks
 
 import leannorm
@@ -16,14 +16,6 @@ pytestmark = pytest.mark.skipif(not cpu.available, reason="the extension was not
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 ACTIVATIONS = [as_activation(name) for name in ("relu", "relu6", "leaky_relu")]
-
-
-@pytest.fixture(params=SETS)
-def instruction_set(request):
-    best = cpu._kernels.instruction_set()
-    cpu._kernels.use_instruction_set(request.param)
-    yield request.param
-    cpu._kernels.use_instruction_set(best)
 
 
 def forward_and_backward(inputs, activation, *, with_signs):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,11 +11,23 @@ from leannorm.ops import definition, eager
 from leannorm.ops.contract import library, takes_output
 
 
-def _setup_context(ctx, inputs, output, signs=None):
+def _setup_context(ctx, inputs, output):
     x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters = inputs
-    y, mean, var = output
-    ctx.mark_non_differentiable(mean, var)
-    _keep(ctx, x, weight, bias, residual, y, (eps, activation, parameters), mean, var, draw, signs=signs)
+    y, mean, var, *signs = output
+    ctx.mark_non_differentiable(mean, var, *signs)
+    _keep(
+        ctx,
+        x,
+        weight,
+        bias,
+        residual,
+        y,
+        (eps, activation, parameters),
+        mean,
+        var,
+        draw,
+        signs=signs[0] if signs else None,
+    )
     ctx.places = boxes, weights
 
 
@@ -29,7 +43,7 @@ def _keep(ctx, x, weight, bias, residual, y, point, *others, signs=None):
     ctx.strides_with_signs = None if signs is None else (x.stride(), y.stride())
 
 
-def _backward(ctx, dy, _dmean, _dvar):
+def _backward(ctx, dy, *_):
     if dy is None:
         return (None,) * 10
     x, weight, bias, residual, y, mean, var, draw = ctx.saved_tensors
@@ -90,19 +104,7 @@ def _through_activation(ctx, dy, told_by):
 torch.library.register_autograd("leannorm::batch_norm", _backward, setup_context=_setup_context, lib=library)
 
 
-class _BatchNorm(torch.autograd.Function):
-    """The operator by its kernel, the last argument; what `register_autograd` makes of the same lines is slower."""
-
-    @staticmethod
-    def forward(ctx, *inputs_and_kernel):
-        *inputs, kernel = inputs_and_kernel
-        y, mean, var, *signs = kernel(*inputs)
-        _setup_context(ctx, inputs, (y, mean, var), *signs)
-        return y, mean, var
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        return (*_backward(ctx, *gradients), None)
+_batch_norm = eager.differentiable("BatchNorm", _setup_context, _backward)
 
 
 def batch_norm(x: Tensor, *others) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,7 +115,8 @@ def batch_norm(x: Tensor, *others) -> tuple[Tensor, Tensor, Tensor]:
     kernel = kernel or eager.kernel("batch_norm", x)
     if kernel is None:
         return torch.ops.leannorm.batch_norm(x, *others)
-    return _BatchNorm.apply(x, *others, kernel)
+    y, mean, var, *_ = _batch_norm(x, *others, kernel)
+    return y, mean, var
 
 
 # With given statistics, through which no gradient flows.
@@ -161,27 +164,12 @@ def _normalize_backward(ctx, dy):
 torch.library.register_autograd("leannorm::normalize", _normalize_backward, setup_context=_setup_normalize, lib=library)
 
 
-class _Normalize(torch.autograd.Function):
-    """As `_BatchNorm`."""
-
-    @staticmethod
-    def forward(ctx, *inputs_and_kernel):
-        *inputs, kernel = inputs_and_kernel
-        output = kernel(*inputs)
-        _setup_normalize(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        return (*_normalize_backward(ctx, *gradients), None)
+_normalize = eager.differentiable("Normalize", _setup_normalize, _normalize_backward)
 
 
-def normalize(x: Tensor, *others) -> Tensor:
-    """Call the operator of this name, with its derivative."""
-    kernel = eager.kernel("normalize", x)
-    if kernel is None:
-        return torch.ops.leannorm.normalize(x, *others)
-    return _Normalize.apply(x, *others, kernel) if torch.is_grad_enabled() else kernel(x, *others)
+def normalize(kernel: Callable[..., Tensor], x: Tensor, *others) -> Tensor:
+    """Call the operator of this name by a kernel that `eager.kernel` gave, with its derivative."""
+    return _normalize(x, *others, kernel) if torch.is_grad_enabled() else kernel(x, *others)
 
 
 def _refuse(name: str) -> None:

@@ -196,26 +196,16 @@ def _differentiable_backward(ctx, dy):
 torch.library.register_autograd("leannorm::conv_batch_norm", _backward, setup_context=_setup_context, lib=library)
 
 
-class _ConvBatchNorm(torch.autograd.Function):
-    """As `leannorm.ops.autograd` has it for the layer alone."""
-
-    @staticmethod
-    def forward(ctx, *inputs_and_kernel):
-        *inputs, kernel = inputs_and_kernel
-        output = kernel(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        return (*_backward(ctx, *gradients), None)
+_conv_batch_norm = eager.differentiable("ConvBatchNorm", _setup_context, _backward)
 
 
 def conv_batch_norm(x: Tensor, *others) -> tuple[Tensor, Tensor, Tensor]:
     """Call the operator of this name, with its derivative; give y, mean and var."""
     kernel = eager.kernel("conv_batch_norm", x)
-    call = torch.ops.leannorm.conv_batch_norm if kernel is None else _ConvBatchNorm.apply
-    y, mean, var, *_ = call(x, *others, *(() if kernel is None else (kernel,)))
+    if kernel is None:
+        y, mean, var, *_ = torch.ops.leannorm.conv_batch_norm(x, *others)
+    else:
+        y, mean, var, *_ = _conv_batch_norm(x, *others, kernel)
     return y, mean, var
 
 

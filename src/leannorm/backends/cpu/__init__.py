@@ -32,6 +32,7 @@ available = _kernels is not None
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PLAIN = (Tensor, torch.nn.Parameter)
 _LEAST_KEPT = 1 << 20  # bytes; the C library itself keeps what is smaller
+_keeps = available and "LEANNORM_NO_CPU_MEMORY_CACHING" not in os.environ
 _KINDS = ("", "relu", "clamp", "leaky_relu", "silu", "hardswish", "gelu", "gelu_tanh")  # as the kernels count them
 
 
@@ -83,7 +84,7 @@ def _plan_for(x: Tensor, like: Tensor, draw: Tensor | None, boxes: Sequence[int]
 
 def _empty_like(x: Tensor) -> Tensor:
     """Give `torch.empty_like`, for large tensors in memory that is kept; see `leannorm.empty_cache`."""
-    if x.dtype not in _DTYPES or x.nbytes < _LEAST_KEPT or "LEANNORM_NO_CPU_MEMORY_CACHING" in os.environ:
+    if not _keeps or x.dtype not in _DTYPES or x.nbytes < _LEAST_KEPT:
         return torch.empty_like(x)
     try:
         return from_dlpack(_kernels.kept_tensor(_DTYPES[x.dtype], x.shape, _strides_like(x.shape, x.stride())))
@@ -101,8 +102,8 @@ def empty_cache() -> None:
 
     Results of 1 MiB and more lie in memory that is kept when they die, as PyTorch keeps it on a GPU; a result takes a
     kept block of at most 1.25 times its size. What is kept and not in use is at most 1.25 times what was ever in use
-    at once, less what is in use. ``LEANNORM_NO_CPU_MEMORY_CACHING=1`` in the environment leaves all memory to PyTorch,
-    for instance where activations are resized in place, which is refused on kept memory.
+    at once, less what is in use. ``LEANNORM_NO_CPU_MEMORY_CACHING=1`` in the environment leaves all memory to PyTorch
+    (it is read at import), for instance where activations are resized in place, which is refused on kept memory.
 
     >>> empty_cache()
     """
