@@ -1,7 +1,7 @@
 // Memory for results, kept when they die.
 //
-// The system clears every page that it hands out, which takes as long as the kernels do. PyTorch keeps memory on a GPU;
-// on the CPU it leaves that to the C library, which returns large blocks to the system.
+// The system clears every page that it hands out. PyTorch keeps memory on a GPU; on the CPU it leaves that to the C
+// library, which returns large blocks to the system.
 #pragma once
 
 #include <cstddef>
