@@ -8,6 +8,7 @@ page of what is finished.
 import argparse
 import logging
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -49,6 +50,7 @@ def reproduce(name: str, scale: Scale, *, results: Path = RESULTS, docs: Path = 
     if name == "speed":
         return speed.run(scale, results, docs)
     experiment = TABLES[name]
+    scale = replace(scale, epochs=getattr(experiment, "EPOCHS", {}).get(scale.name, scale.epochs))
     arms = experiment.arms(scale)
     found: list[Trial] = []
 

@@ -66,6 +66,8 @@ def train(
     image_size: Annotated[int | None, typer.Option(help="Resize images to this many pixels.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that decode images.")] = 0,
     accelerator: Annotated[str, typer.Option(help="cpu, gpu, auto, ...")] = "auto",
+    channels_last: Annotated[bool, typer.Option(help="Keep weights and activations channels last.")] = True,
+    fuse: Annotated[bool, typer.Option(help="Compute BN, addition and activation in one operator.")] = True,
     record_layers: Annotated[
         int | None, typer.Option(help="Record layers and loss every so many steps, for the report's plots.")
     ] = None,
@@ -94,6 +96,8 @@ def train(
             image_size=image_size,
             workers=workers,
             accelerator=accelerator,
+            channels_last=channels_last,
+            fuse=fuse,
             record_layers=record_layers,
             resume=resume,
             overwrite=overwrite,

@@ -9,6 +9,7 @@ from image_files import write_images
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from leannorm.train import image_folder
 from leannorm.train.data import open_data
 from leannorm.train.image_folder import stratified_split
 from leannorm.train.pipeline import Augmentation, stream
@@ -36,9 +37,14 @@ def test_digits():
     assert abs(held_out - 0.2 * 1797) < 5
     images, labels = validation[0]
     assert images.dtype == torch.float32
-    assert images.shape == (100, 1, 8, 8)
+    assert images.shape == (128, 1, 8, 8)
     assert labels.dtype == torch.int64
     assert [len(labels) for _, labels in epoch_of(data, 0)] == [100] * (data.training_images // 100)
+
+
+@pytest.mark.parametrize(("batch_size", "expected"), [(2, 16), (16, 128), (100, 128), (200, 200)])
+def test_validation_takes_larger_batches_than_training(batch_size, expected):
+    assert open_data("digits", batch_size=batch_size, seed=0).val_dataloader().batch_size == expected
 
 
 def test_digits_are_held_out_in_the_same_way_for_every_seed_and_never_trained_on():
@@ -208,6 +214,22 @@ def test_truncated_jpeg_is_named(tmp_path, monkeypatch, workers):
     data = open_data(str(tmp_path), batch_size=6, seed=0, workers=workers)
     with pytest.raises(ValueError, match=r"b/2\.jpg cannot be decoded .*truncated"):
         epoch_of(data, 0)
+
+
+def test_images_are_decoded_once_while_there_is_room(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        write_images(tmp_path / name, 4, size=(16, 16))
+    monkeypatch.setattr(image_folder, "KEPT_BYTES", 3 * 3 * 16 * 16)
+    opened = []
+    decode = image_folder.ImageReader._decode
+    monkeypatch.setattr(
+        image_folder.ImageReader, "_decode", lambda self, path: opened.append(path) or decode(self, path)
+    )
+    reader = image_folder.ImageReader((16, 16), resize=False)
+    paths = sorted(map(str, tmp_path.glob("*/*")))
+    first, second = ([reader(path) for path in paths] for _ in range(2))
+    assert all(map(torch.equal, first, second))
+    assert opened == paths + paths[3:]
 
 
 def test_a_file_that_is_no_image_is_named(class_folders):

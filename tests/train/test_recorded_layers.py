@@ -31,8 +31,8 @@ def trace_of(folder):
 
 
 @pytest.mark.parametrize("statistics", ["full", "grid:1/4@step"])
-def test_the_training_is_what_it_would_be_unrecorded(recorded, statistics, tmp_path):
-    train("resnet8", "digits", statistics=statistics, out=tmp_path, **ARGUMENTS)
+def test_the_training_is_what_it_would_be_unrecorded_and_unfused(recorded, statistics, tmp_path):
+    train("resnet8", "digits", statistics=statistics, out=tmp_path, fuse=False, **ARGUMENTS)
     mine, theirs = (checkpoint.read(folder / "last.ckpt") for folder in (recorded[statistics], tmp_path))
     assert all(torch.equal(value, theirs["state_dict"][name]) for name, value in mine["state_dict"].items())
     assert mine["training_run"].partition('"history"')[0] == theirs["training_run"].partition('"history"')[0]

@@ -16,6 +16,7 @@ from leannorm import records
 from leannorm.records import TrainingRun
 from leannorm.train import checkpoint
 from leannorm.train.module import ImageClassifier
+from leannorm.train.resnet import ResNet
 from leannorm.train.run import train
 
 # A resnet8 with dropout, so that a run draws from the default generator; it sends its own process a signal at a
@@ -262,6 +263,20 @@ def test_a_finished_run_resumes_to_itself(trained):
     assert_same_state(checkpoint.read(trained / "last.ckpt")["state_dict"], weights)
 
 
+def test_training_is_fused_and_channels_last_unless_told_otherwise(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ImageClassifier, "on_train_end", lambda self: seen.append(self.model))
+    for name, options in (("usual", {}), ("plain", {"channels_last": False, "fuse": False})):
+        run = train("resnet8", "digits", out=tmp_path / name, **options, **(ARGUMENTS | {"epochs": 1}))
+        assert (run.channels_last, run.fuse) == (not options, not options)
+    layouts = [model.stages[0].conv1.weight.is_contiguous(memory_format=torch.channels_last) for model in seen]
+    assert layouts == [True, False]
+    assert [type(model) is ResNet for model in seen] == [False, True]
+    assert all(isinstance(model, ResNet) for model in seen)
+    losses = [records.read(TrainingRun, tmp_path / name / "run.json").history[0] for name in ("usual", "plain")]
+    assert losses[0].validation_loss == pytest.approx(losses[1].validation_loss, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
@@ -269,6 +284,8 @@ def test_a_finished_run_resumes_to_itself(trained):
         ({"statistics": "full", "seed": 4}, "statistics grid:1/4, got full; seed 3, got 4"),
         ({"model": "resnet20"}, "model resnet8, got resnet20"),
         ({"gamma_l1": 1e-4}, "gamma_l1 0.0, got 0.0001"),
+        ({"channels_last": False}, "channels_last True, got False"),
+        ({"fuse": False}, "fuse True, got False"),
     ],
 )
 def test_resume_with_other_arguments_names_them(trained, change, difference):

@@ -33,6 +33,8 @@ class TrainingRun:
     history: tuple[Epoch, ...]
     environment: Environment
     gamma_l1: float = 0.0
+    channels_last: bool = False
+    fuse: bool = False
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ class Configuration:
         schedule: "one-cycle", or "drops:50,80", a tenth of the rate from these epochs on.
         accumulate: batches whose gradients are added up for one step of the optimiser.
         gamma_l1: weight of the penalty on the absolute values of batch normalization's gammas.
+        channels_last: weights and activations of images lie in memory channels last.
+        fuse: batch norm is computed with the addition and the activation after it.
     """
 
     model: str
@@ -49,6 +51,8 @@ class Configuration:
     schedule: str = ONE_CYCLE
     accumulate: int = 1
     gamma_l1: float = 0.0
+    channels_last: bool = False
+    fuse: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:

@@ -70,8 +70,9 @@ class ImageData(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader:
-        """Load all validation images in a fixed order."""
-        return DataLoader(self._validation, self._batch_size, num_workers=self._workers, generator=torch.Generator())
+        """Load all validation images in a fixed order; without gradients there is room for more in a batch."""
+        batch_size = max(self._batch_size, min(8 * self._batch_size, 128))
+        return DataLoader(self._validation, batch_size, num_workers=self._workers, generator=torch.Generator())
 
 
 def open_data(

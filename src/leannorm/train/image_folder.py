@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,11 +22,14 @@ if TYPE_CHECKING:
 
 VALIDATION_SHARE = 0.2
 SIZES_READ = 4096
+KEPT_BYTES = 2**29  # of decoded images
 
 
 @dataclass(frozen=True)
 class ImageReader:
     """Reads an image file as RGB (3, H, W) with values in [0, 1].
+
+    Decoded images are kept, as bytes, while there is room: the first 512 MiB of them in each process.
 
     Args:
         size: (H, W) of the result.
@@ -35,6 +38,7 @@ class ImageReader:
 
     size: tuple[int, int]
     resize: bool
+    _kept: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __call__(self, path: str) -> Tensor:
         """Read one file.
@@ -42,6 +46,14 @@ class ImageReader:
         Raises:
             ValueError: if it cannot be decoded, has more than 8 bits a channel, or is of another size; names the file.
         """
+        image = self._kept.get(path)
+        if image is None:
+            image = self._decode(path)
+            if (len(self._kept) + 1) * image.nbytes <= KEPT_BYTES:
+                self._kept[path] = image
+        return image.to(torch.float32) / 255
+
+    def _decode(self, path: str) -> Tensor:
         try:
             with Image.open(path) as file:
                 if file.mode.startswith(("I", "F")):  # Pillow would clip these at 255
@@ -58,7 +70,7 @@ class ImageReader:
                 f"{path} is {width}x{height} pixels, expected {self.size[1]}x{self.size[0]}: "
                 "give --image-size to resize all of them"
             )
-        return image.to(torch.float32) / 255
+        return image
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ LENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the steps along the gradient, in lear
 
 
 class LayerRecorder(Callback):
-    """Records every n-th training step in `layers.json`; the training itself is what it would be without.
+    """Records every n-th training step in `layers.json`; the training of the unfused model is what it would be without.
 
     For each normalization layer (also where a method took normalization away): mean, variance and gradient norm of its
     output, and how far its mean has shifted since the step before. For the loss: its range, and the gradient's change,

