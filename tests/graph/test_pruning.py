@@ -63,6 +63,26 @@ def test_architectures_lose_channels_and_keep_their_outputs(name, dtype, randomi
     assert error(model, pruned, torch.randn(3, 3, 64, 64, dtype=dtype)) < BOUNDS[dtype]
 
 
+@pytest.mark.parametrize("round_to", [1, 8, 16])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_layers_keep_multiples_of_channels(name, round_to, randomized):
+    model, x = silence(randomized(build(name)).double(), 0.4), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    pruned, report = prune(model, x, round_to=round_to)
+    before, after = (
+        [module.num_features for module in each.modules() if isinstance(module, _BatchNorm)] for each in (model, pruned)
+    )
+    assert all(b % round_to == 0 or b == a for a, b in zip(before, after, strict=True))
+    assert (report.channels_before, report.channels_after) == (sum(before), sum(after))
+    everything, _ = prune(model, x)
+    least = [module.num_features for module in everything.modules() if isinstance(module, _BatchNorm)]
+    assert all(low <= b for low, b in zip(least, after, strict=True))
+    if name == "resnet18":  # nothing but its own residual stream bounds a layer
+        assert all(b < low + round_to for low, b in zip(least, after, strict=True))
+    assert error(model, pruned, x) < 1e-12
+    kept = [refusal.reason for refusal in report.refusals if "keeps a multiple" in refusal.reason]
+    assert bool(kept) == (round_to > 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["densenet121", "resnext50_32x4d", "mobilenet_v3_small", "efficientnet_b0", "googlenet"]

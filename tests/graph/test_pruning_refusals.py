@@ -304,6 +304,7 @@ def test_code_that_insists_on_a_number_of_channels_is_an_error():
         ({"ratio": -0.1}, "ratio must be in"),
         ({"ratio": float("nan")}, "ratio must be in"),
         ({"min_channels": 0}, "min_channels must be at least 1, got 0"),
+        ({"round_to": 0}, "round_to must be at least 1, got 0: give 8 or 16"),
         ({"batches": []}, "batches hold no samples"),
     ],
 )

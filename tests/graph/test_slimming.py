@@ -47,6 +47,17 @@ def test_the_smallest_gammas_of_the_whole_network_go_first(randomized):
     assert report.refusals == ()
 
 
+def test_the_largest_gammas_that_would_go_stay_where_layers_keep_multiples(randomized):
+    model, x = scaled(randomized(chain())), torch.randn(4, 3, 8, 8)
+    everything, _ = prune(model, x, ratio=0.5)
+    pruned, report = prune(model, x, ratio=0.5, round_to=4)
+    for layer in (1, 4):
+        kept = -(-everything[layer].num_features // 4) * 4
+        largest = model[layer].weight.abs().sort().values[20 - kept]
+        assert pruned[layer].weight.tolist() == model[layer].weight[model[layer].weight.abs() >= largest].tolist()
+    assert {refusal.reason.partition(": ")[2] for refusal in report.refusals} == {"each layer keeps a multiple of 4"}
+
+
 @torch.no_grad()
 def test_the_loss_is_stated(randomized):
     model, x = scaled(randomized(chain())), torch.randn(4, 3, 8, 8)

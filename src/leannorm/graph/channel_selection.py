@@ -64,7 +64,9 @@ class Selection:
         return tuple(refusals)
 
 
-def select(model: nn.Module, capture: Capture, *, ratio: float, min_channels: int, trusted: bool) -> Selection:
+def select(
+    model: nn.Module, capture: Capture, *, ratio: float, min_channels: int, round_to: int, trusted: bool
+) -> Selection:
     """Choose channels of a captured model; the arguments are those of `prune` and `ChannelGroups`."""
     groups = ChannelGroups(model, capture, trusted=trusted)
     obstacles, room = _obstacles(groups), _Room(groups, min_channels)
@@ -83,6 +85,10 @@ def select(model: nn.Module, capture: Capture, *, ratio: float, min_channels: in
             for share in (1.0, 0.0)
         )
         shortage = _slim(groups, kinds, obstacles, room, ratio)
+    for root in room.give_back(kinds, round_to):
+        del kinds[root]
+        obstacles[root] = f"each layer keeps a multiple of {round_to}"
+    if ratio:
         slimmed = [root for root, kind in kinds.items() if kind == SMALL]
         shares = torch.full((len(groups.roots),), math.nan, dtype=torch.float64)
         shares[slimmed] = torch.tensor([float(root not in varying) for root in slimmed], dtype=torch.float64)
@@ -166,11 +172,13 @@ class _Room:
     def __init__(self, groups: ChannelGroups, least: int) -> None:
         self.least = least
         self.left: list[int] = []
+        self.whole: list[int] = []
         self.counts: dict[int, dict[int, int]] = collections.defaultdict(dict)
         for members in _places(groups):
             for root, count in collections.Counter(groups.roots[members].tolist()).items():
                 self.counts[root][len(self.left)] = count
             self.left.append(len(members))
+        self.whole = self.left.copy()
 
     def take(self, root: int) -> bool:
         """Remove a group, if every layer keeps enough."""
@@ -180,6 +188,26 @@ class _Room:
         for place, count in counts.items():
             self.left[place] -= count
         return True
+
+    def give_back(self, taken: Iterable[int], multiple: int) -> list[int]:
+        """Keep groups after all, those taken last first, until every layer keeps a multiple of channels or all."""
+        kept: dict[int, None] = {}
+        taken_at: dict[int, list[int]] = collections.defaultdict(list)
+        for root in taken:
+            for place in self.counts[root]:
+                taken_at[place].append(root)
+        uneven = sorted(taken_at, reverse=True)
+        while uneven:
+            place = uneven.pop()
+            while self.left[place] % multiple and self.left[place] < self.whole[place]:
+                root = taken_at[place].pop()
+                if root in kept:
+                    continue
+                kept[root] = None
+                for other, count in self.counts[root].items():
+                    self.left[other] += count
+                    uneven.append(other)
+        return list(kept)
 
 
 def _places(groups: ChannelGroups) -> Iterable[Tensor]:

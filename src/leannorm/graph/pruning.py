@@ -30,6 +30,7 @@ def prune(
     *,
     ratio: float = 0.0,
     min_channels: int = 1,
+    round_to: int = 1,
     batches: Iterable[tuple[Any, Tensor]] | None = None,
 ) -> tuple[nn.Module, PruningReport]:
     r"""Remove channels that batch normalization makes constant from a copy of the model, on both sides of the graph.
@@ -49,6 +50,8 @@ def prune(
         example_inputs: a tensor, or the tuple of positional arguments, to capture and to compare on.
         ratio: remove up to this share of all channels of batch normalization, in [0, 1); 0 removes what is exact only.
         min_channels: each layer keeps at least so many.
+        round_to: each layer keeps a multiple of so many, or all it has: kernels work on 8 or 16 channels at a time, and
+            odd counts can cost more than the channels that went.
         batches: pairs of inputs (a tensor, or the tuple of arguments) and labels (N,), to state accuracies on.
 
     Returns:
@@ -75,14 +78,17 @@ def prune(
         raise ValueError(f"ratio must be in [0, 1), a share of the channels, got {ratio}")
     if min_channels < 1:
         raise ValueError(f"min_channels must be at least 1, got {min_channels}: a layer without channels cannot run")
+    if round_to < 1:
+        raise ValueError(f"round_to must be at least 1, got {round_to}: give 8 or 16 for speed, 1 for all that can go")
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+    options = {"ratio": ratio, "min_channels": min_channels, "round_to": round_to}
     original = copy.deepcopy(model).eval()
     with torch.no_grad():
         capture = Capture(torch.export.export(original, inputs))
     try:
-        pruned, report = _pruned(model, original, capture, inputs, ratio, min_channels, trusted=True)
+        pruned, report = _pruned(model, original, capture, inputs, options, trusted=True)
     except RuntimeError:  # sizes that looked computed are written in the code
-        pruned, report = _pruned(model, original, capture, inputs, ratio, min_channels, trusted=False)
+        pruned, report = _pruned(model, original, capture, inputs, options, trusted=False)
     if batches is not None:
         before, after = _accuracies((original, pruned), batches)
         report = dataclasses.replace(report, accuracy_before=before, accuracy_after=after)
@@ -96,13 +102,12 @@ def _pruned(
     original: nn.Module,
     capture: Capture,
     inputs: tuple[Any, ...],
-    ratio: float,
-    min_channels: int,
+    options: dict[str, Any],
     *,
     trusted: bool,
 ) -> tuple[nn.Module, PruningReport]:
     """The pruned model in eval mode, compared with the original."""
-    selected = select(original, capture, ratio=ratio, min_channels=min_channels, trusted=trusted)
+    selected = select(original, capture, trusted=trusted, **options)
     pruned = copy.deepcopy(model).eval()
     layers = remove(pruned, selected.groups, selected.gone)
     try:
@@ -118,7 +123,7 @@ def _pruned(
     norms = selected.groups.norms
     return pruned, PruningReport(
         changes=selected.changes(),
-        refusals=selected.refusals(whole=ratio > 0),
+        refusals=selected.refusals(whole=options["ratio"] > 0),
         layers=layers,
         channels_before=sum(len(layer.outputs.members) for layer in norms),
         channels_after=sum(int((~selected.gone[layer.outputs.members]).sum()) for layer in norms),

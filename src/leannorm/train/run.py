@@ -129,7 +129,7 @@ def train(
     L.seed_everything(seed, verbose=False)
     network = checkpoint.build(configuration)
     if configuration.channels_last:
-        network = network.to(memory_format=torch.channels_last)
+        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if configuration.fuse:
         leannorm.fuse(network)
     if gamma_l1 and not penalized(network):
