@@ -78,7 +78,7 @@ def select(
             kinds[root] = ZERO if is_zero else CONSTANT
         else:
             obstacles[root] = f"each layer keeps at least {min_channels}"
-    shortage = None
+    shortage, varying = None, {}
     if ratio:
         varying, obstacles = (  # a factor makes act(beta) vary, but not 0
             _obstacles(ChannelGroups(model, capture, small=_everywhere(share), trusted=trusted), at_borders=True)
@@ -88,8 +88,8 @@ def select(
     for root in room.give_back(kinds, round_to):
         del kinds[root]
         obstacles[root] = f"each layer keeps a multiple of {round_to}"
-    if ratio:
-        slimmed = [root for root, kind in kinds.items() if kind == SMALL]
+    slimmed = [root for root, kind in kinds.items() if kind == SMALL]
+    if slimmed:
         shares = torch.full((len(groups.roots),), math.nan, dtype=torch.float64)
         shares[slimmed] = torch.tensor([float(root not in varying) for root in slimmed], dtype=torch.float64)
         small = shares[groups.roots].__getitem__
