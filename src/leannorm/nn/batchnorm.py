@@ -16,6 +16,7 @@ from leannorm.nn import folding
 from leannorm.nn.recompute import recomputing
 from leannorm.nn.tracing import Unscriptable, is_traced, record
 from leannorm.nn.virtual import VirtualMark
+from leannorm.ops import eager
 from leannorm.statistics import FullBatch, Statistics
 
 
@@ -145,7 +146,7 @@ class SampledBatchNorm(Unscriptable, _BatchNorm):
         self._check_mark(input)
         y, mean, var = folding.conv_batch_norm(folded, self, input, residual, activation)
         if self._counts(y):
-            self._track(mean, var * folded.regions.unbiased)
+            self._track(mean, var, unbiased=folded.regions.unbiased)
         return y
 
     def _train_forward(self, input: Tensor, residual: Tensor | None, activation: str | Activation | None) -> Tensor:
@@ -161,7 +162,7 @@ class SampledBatchNorm(Unscriptable, _BatchNorm):
             activation=activation,
         )
         if self._counts(input):
-            self._track(mean, var * regions.unbiased)
+            self._track(mean, var, unbiased=regions.unbiased)
         return y
 
     def _eval_forward(self, input: Tensor, residual: Tensor | None, activation: str | Activation | None) -> Tensor:
@@ -196,8 +197,11 @@ class SampledBatchNorm(Unscriptable, _BatchNorm):
         batches.add_(1)
         return input.numel() > 0
 
-    def _track(self, mean: Tensor, var: Tensor, factor: Tensor | float | None = None) -> None:
-        """Move the running statistics by ``factor`` (None: by the layer's momentum) towards ``mean`` and ``var``."""
+    def _track(self, mean: Tensor, var: Tensor, factor: Tensor | float | None = None, *, unbiased: float = 1.0) -> None:
+        """Move the running statistics towards ``mean`` and ``var`` (times ``unbiased``).
+
+        They move by ``factor``; None is the layer's momentum.
+        """
         batches, running_mean, running_var = self.num_batches_tracked, self.running_mean, self.running_var
         if batches is None or running_mean is None or running_var is None:
             return
@@ -208,7 +212,13 @@ class SampledBatchNorm(Unscriptable, _BatchNorm):
             factor = 1 / batches
         if isinstance(factor, Tensor):
             factor = factor.to(dtype)
+        else:
+            track, options = eager.kernel("track", mean), (self.statistics.between_steps, self.guard_nonfinite)
+            if track is not None and track(running_mean, running_var, mean, var, unbiased, factor, *options):
+                return
         mean, var = mean.detach().to(dtype), var.detach().to(dtype)
+        if unbiased != 1:
+            var = var * unbiased
         if self.statistics.between_steps:
             var = var + (1 - factor) * (mean - running_mean) ** 2
         if self.guard_nonfinite:

@@ -74,7 +74,7 @@ class EnhancedBatchNorm(MethodNorm):
         regions = FullBatch().regions(input.shape)
         y, mean, var = functional.batch_norm(input, eps=self.eps)
         if self._counts(input):
-            self._track(mean, var * regions.unbiased)
+            self._track(mean, var, unbiased=regions.unbiased)
         return self._convolve(y, residual, activation)
 
     _exact_forward = _normalize

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.utils.dlpack import from_dlpack
 
 from leannorm.backends import aten
@@ -225,8 +226,22 @@ def _backward(
     return dx, sum_g_xhat, sum_g, x.new_empty(0) if dresidual is None else dresidual
 
 
+def _track(running_mean, running_var, mean, var, unbiased, factor, between_steps, guarded) -> bool:
+    """Move running statistics; False, and nothing done, where the kernel does not take them."""
+    tensors = running_mean, running_var, mean, var
+    for t in tensors:
+        if type(t) not in _PLAIN or t.dtype is not torch.float32 or not t.is_cpu:
+            return False
+        if t.shape != mean.shape or not t.is_contiguous():
+            return False
+    _kernels.track(*map(Tensor.data_ptr, tensors), mean.numel(), unbiased, factor, between_steps, guarded)
+    increment_version((running_mean, running_var))
+    return True
+
+
 if available:
     eager.register("batch_norm", _batch_norm, "cpu")
+    eager.provide("track", _track, "cpu")
     eager.provide("batch_norm_with_signs", partial(_batch_norm, with_signs=True), "cpu")
     eager.register("batch_norm_backward", _batch_norm_backward, "cpu")
     eager.register("normalize", _normalize, "cpu")
