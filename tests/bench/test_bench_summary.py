@@ -88,6 +88,8 @@ def test_only_tensors_well_over_the_cache_count_for_the_floor():
     assert not summary.is_beyond_cache(small, 2**20)
     assert summary.is_beyond_cache(large, 2**20)
     assert not summary.is_beyond_cache(large, None)
+    copied_within = layer_case("bn+add+relu", shape=(1, 64, 64, 32))  # what a copy of it touches fits in
+    assert not summary.is_beyond_cache(copied_within, 2**20)
     (row, *_) = summary.layer_rows(layer_benchmark(small))
     assert row.of_floor is None
 

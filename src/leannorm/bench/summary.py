@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PASSES = {"bn": 5, "bn+relu": 5, "bn+add+relu": 7}
 BYTES = {"fp32": 4, "bf16": 2}
 COPY_PASSES = 2
-BEYOND_CACHE = 2  # times the last-level cache: from here on a copy of the input comes from memory too
+BEYOND_CACHE = 2  # times the last-level cache: from here on a copy goes through memory
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,8 @@ def floor_bytes(case: LayerCase) -> int:
 
 
 def is_beyond_cache(case: LayerCase, cache_bytes: int | None) -> bool:
-    """Whether x, y, dx, dy (and the residual with its gradient) are well over the last-level cache together."""
-    tensors = 6 if case.operation == "bn+add+relu" else 4
-    return cache_bytes is not None and tensors * _input_bytes(case) >= BEYOND_CACHE * cache_bytes
+    """Whether a copy of the input goes through memory: what it reads and writes is twice the last-level cache."""
+    return cache_bytes is not None and COPY_PASSES * _input_bytes(case) >= BEYOND_CACHE * cache_bytes
 
 
 def ratios(slower: Sequence[float], faster: Sequence[float]) -> list[float]:

@@ -95,6 +95,14 @@ void correct(const Kernels& kernels, const Tensors& t, const Team& team, const C
   });
 }
 
+// One pass that reads x and dy.
+void backward_pass(const Kernels& kernels, const Tensors& t, const Team& team, const Channels& channels, Backward mode,
+                   Partials& parts) {
+  team.each_part([&](Pieces pieces, int64_t part) {
+    kernels.backward_planes(t, channels, mode, team.layout, pieces, parts.at(part));
+  });
+}
+
 }  // namespace
 
 bool planes::begin_at_whole_bytes(const Plan& plan) { return Planes(plan).stretch() % 8 == 0; }
@@ -124,17 +132,12 @@ void planes::batch_norm_backward(const Kernels& kernels, const Plan& plan, const
   set_point(call, {0, layout.channels}, mean, var, buffers);
   const Channels channels = buffers.view();
   over_teams(layout, [&](Team team) {
-    const auto pass = [&](Backward mode) {
-      team.each_part([&](Pieces pieces, int64_t part) {
-        kernels.backward_planes(t, channels, mode, layout, pieces, parts.at(part));
-      });
-    };
-    pass(places ? Backward::fused : Backward::reduce);
+    backward_pass(kernels, t, team, channels, places ? Backward::fused : Backward::reduce, parts);
     team.each_range(1, [&](Range range) {
       finish_sums(call, parts, range, count, var, sum_g_xhat, sum_g, buffers);
     });
     if (places) correct(kernels, without_streaming(t), team, channels, *places);
-    else pass(Backward::exact);
+    else backward_pass(kernels, t, team, channels, Backward::exact, parts);
   });
 }
 
@@ -164,9 +167,7 @@ void planes::backward_fused(const Kernels& kernels, const Plan& plan, const Call
   set_point(call, {0, layout.channels}, mean, var, buffers);
   const Channels channels = buffers.view();
   over_teams(layout, [&](Team team) {
-    team.each_part([&](Pieces pieces, int64_t part) {
-      kernels.backward_planes(t, channels, Backward::fused, layout, pieces, parts.at(part));
-    });
+    backward_pass(kernels, t, team, channels, Backward::fused, parts);
     team.each_range(1, [&](Range range) {
       finish_sums(call, parts, range, count, var, sum_g_xhat, sum_g, buffers);
     });
