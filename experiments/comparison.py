@@ -44,6 +44,16 @@ def paired(differences: list[float]) -> Paired:
     return Paired(mean, quantile * statistics.stdev(differences) / math.sqrt(seeds), seeds)
 
 
+def paired_over_seeds(mine: dict[int, float], others: dict[int, float]) -> Paired | None:
+    """Compare two arms by their accuracies, one a seed, over the seeds that both have; None where they share none.
+
+    >>> paired_over_seeds({0: 0.75, 1: 0.5}, {0: 0.5, 2: 0.5}).mean
+    0.25
+    """
+    shared = sorted(mine.keys() & others.keys())
+    return paired([mine[seed] - others[seed] for seed in shared]) if shared else None
+
+
 def seeds_needed(differences: list[float], most: int, resolution: float = RESOLUTION) -> int:
     """Give the least number of seeds whose interval is at most ``resolution`` to each side at this spread; or ``most``.
 

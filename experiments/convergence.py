@@ -4,6 +4,7 @@ The paper's numbers: final validation accuracy read off the convergence figure o
 (32x32 images, 130 epochs, batch 128).
 """
 
+from claims import Claim
 from trials import Arm, Scale
 
 TITLE = "Convergence with sampled statistics"
@@ -33,6 +34,20 @@ REST = (
     Arm("grid 1/64 fixed", "grid:1/64", "BN"),
     *(Arm(f"grid 1/{k} redrawn", f"grid:1/{k}@step", "BN") for k in (8, 64)),
     Arm("VDN 4", "vdn:4", "BN", "0.92"),
+)
+
+CLAIMS = (
+    *(Claim("FS is on BN's curve", f"FS 1/{k} fixed", "BN", low=-0.005, high=0.005) for k in (4, 16, 32, 64)),
+    Claim("BS is above NS at the same small ratio", "BS 4/128", "NS 4/128"),
+    Claim("VDN is close below BN", "VDN 1", "BN", low=-0.02, high=0.0),
+    *(
+        Claim("FS + VDN is the best of the sampled ones", "FS 1/32 + VDN 1", other)
+        for other in ("FS 1/32 fixed", "VDN 1", "BS 4/128", "BS 4/128 + VDN 1")
+    ),
+    *(
+        Claim("the best sampled source is within half a point of BN", f"grid 1/{k} fixed", "BN", low=-0.005)
+        for k in (8, 32)
+    ),
 )
 
 

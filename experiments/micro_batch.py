@@ -3,6 +3,7 @@
 The learning rate goes down in proportion with the batch; accumulated moments take steps of 32 images.
 """
 
+from claims import Claim
 from trials import Arm, Scale, batch_renorm
 
 TITLE = "Micro-batches"
@@ -19,6 +20,24 @@ METHODS = {
 PAPER = {"MABN": "76.33 (BN 64.78), ImageNet at 2", "batch renorm": "69.71 (BN 64.78), ImageNet at 2"}
 EPOCHS = {"cpu": 4}  # an epoch at batch 2 takes four times as long as one at 128
 STEP = 32  # images of a step with accumulated moments
+
+CLAIMS = (
+    *(
+        Claim(
+            "virtual samples are far above BN at tiny batches", f"{method}, batch {batch}", f"BN, batch {batch}", 0.05
+        )
+        for batch in (2, 4)
+        for method in ("VDN 1", "FS 1/32 + VDN 1")
+    ),
+    *(
+        Claim("the best method is 10 points above BN at 2", f"{method}, batch 2", "BN, batch 2", 0.10)
+        for method in ("MABN", "VDN 1")
+    ),
+    *(
+        Claim("the best method at 2 is within 2 points of BN at 64", f"{method}, batch 2", "BN, batch 64", -0.02)
+        for method in ("MABN", "VDN 1")
+    ),
+)
 
 
 def arms(scale: Scale) -> tuple[Arm, ...]:

@@ -6,25 +6,16 @@ import statistics
 import warnings
 from pathlib import Path
 
-from comparison import CONFIDENCE, Paired, paired
+import claims
+from claims import Claim
+from comparison import CONFIDENCE, paired_over_seeds
 from matplotlib.figure import Figure
-from trials import Arm, Scale, Trial
+from trials import Arm, Scale, Trial, accuracies
 
 from leannorm import records
 from leannorm.records import Environment
 
 FIXED = 0.9  # of the first arm's accuracy: what "epochs to" counts to
-
-
-def compared(arm: Arm, found: list[Trial]) -> Paired | None:
-    """Compare an arm with the one that it stands against, over the seeds that both have; None where it stands alone."""
-    if arm.against is None:
-        return None
-    mine, others = (
-        {each.seed: each.accuracy for each in found if each.arm == name} for name in (arm.name, arm.against)
-    )
-    shared = sorted(mine.keys() & others.keys())
-    return paired([mine[seed] - others[seed] for seed in shared]) if shared else None
 
 
 def table(arms: tuple[Arm, ...], found: list[Trial]) -> str:
@@ -44,7 +35,8 @@ def table(arms: tuple[Arm, ...], found: list[Trial]) -> str:
         diverged = sum(each.run is None for each in group)
         if diverged:
             accuracy += f" ({diverged} diverged)"
-        difference = compared(arm, found)
+        against = {} if arm.against is None else accuracies(arm.against, found)
+        difference = paired_over_seeds(accuracies(arm.name, found), against)
         cells = ["", "", ""]
         if difference is not None:
             half = f" ± {100 * difference.half_width:.2f}" if difference.seeds > 1 else ", one seed"
@@ -105,8 +97,27 @@ def made_with(environments: set[Environment]) -> str:
     return "; ".join(sorted(made)) or "nothing was run"
 
 
+def _findings(claimed: tuple[Claim, ...], found: list[Trial]) -> str:
+    if not claimed:
+        return ""
+    return f"""## What others have found
+
+A claim agrees or disagrees where the whole interval of the difference does.
+
+{claims.table(claimed, found)}
+
+"""
+
+
 def write_page(
-    folder: Path, name: str, title: str, intro: str, scale: Scale, arms: tuple[Arm, ...], found: list[Trial]
+    folder: Path,
+    name: str,
+    title: str,
+    intro: str,
+    scale: Scale,
+    arms: tuple[Arm, ...],
+    found: list[Trial],
+    claimed: tuple[Claim, ...] = (),
 ) -> Path:
     """Write ``folder``/NAME-SCALE.md and .svg; give the page."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +139,7 @@ of other images and networks: compare the order, not the values. Raw results: `b
 
 ![validation accuracy over epochs]({stem}.svg)
 
-Made with: {made}.
+{_findings(claimed, found)}Made with: {made}.
 """
     records.write_text(folder / f"{stem}.md", text)
     return folder / f"{stem}.md"

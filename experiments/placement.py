@@ -1,5 +1,6 @@
 """Where BN stands, how gamma begins, dropout, and what BN allows: the claims of practice, tried."""
 
+from claims import Claim
 from trials import Arm, Scale
 
 TITLE = "Placement and initialisation"
@@ -10,16 +11,26 @@ INTRO = (
 VARIANTS = "experiments/variants.py"
 RATES = {"cpu": (0.01, 0.1, 1.0, 3.0), "full": (0.01, 0.1, 1.0, 3.0), "tiny": (0.01, 1e30)}
 
+USUAL = "BN before the activation, gamma 1"
+CLAIMS = (
+    Claim("BN after the activation costs 1.5 points", "BN after the activation", USUAL, low=-0.025, high=-0.005),
+    Claim("gamma that begins at 0.1 is better than at 1", "gamma 0.1", USUAL),
+    Claim("dropout beside BN costs 1.2 points", "dropout 0.2 beside BN", USUAL, low=-0.022, high=-0.002),
+    *(
+        Claim("BN trains at rates at which nothing else does", f"BN, rate {r}", f"no BN, rate {r}", 0.05)
+        for r in (1, 3)
+    ),
+)
+
 
 def arms(scale: Scale) -> tuple[Arm, ...]:
     """Give the variants against BN as it stands, and learning rates with BN and without."""
-    usual = "BN before the activation, gamma 1"
 
     def variant(name: str, factory: str, claim: str = "") -> Arm:
-        return Arm(name, "full", usual, claim, model=f"{VARIANTS}:{scale.model}_{factory}")
+        return Arm(name, "full", USUAL, claim, model=f"{VARIANTS}:{scale.model}_{factory}")
 
     found = [
-        Arm(usual, "full"),
+        Arm(USUAL, "full"),
         variant("BN after the activation", "after_activation", "-1.5 points (claim)"),
         variant("gamma 0.1", "gamma_01", "better (claim)"),
         variant("gamma 0 in the last BN of a block", "gamma_0"),

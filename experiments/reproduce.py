@@ -19,7 +19,7 @@ import placement
 import speed
 from comparison import seeds_needed
 from page import write_page
-from trials import ARCHIVE, SCALES, Arm, Scale, Trial, prepare, trials, write_raw
+from trials import ARCHIVE, SCALES, Arm, Scale, Trial, finished, prepare, trials, write_raw
 
 TABLES: dict[str, ModuleType] = {
     "convergence": convergence,
@@ -45,8 +45,10 @@ def wanted_seeds(scale: Scale, arms: tuple[Arm, ...], found: list[Trial]) -> dic
     return wanted
 
 
-def reproduce(name: str, scale: Scale, *, results: Path = RESULTS, docs: Path = DOCS) -> Path:
-    """Run an experiment; give its page."""
+def reproduce(
+    name: str, scale: Scale, *, only_finished: bool = False, results: Path = RESULTS, docs: Path = DOCS
+) -> Path:
+    """Run an experiment, or take what is finished of it; give its page."""
     if name == "speed":
         return speed.run(scale, results, docs)
     experiment = TABLES[name]
@@ -57,8 +59,12 @@ def reproduce(name: str, scale: Scale, *, results: Path = RESULTS, docs: Path = 
     def keep(more: list[Trial]) -> Path:
         found.extend(more)
         write_raw(results / f"{name}-{scale.name}.json", scale, arms, found)
-        return write_page(docs, name, experiment.TITLE, experiment.INTRO, scale, arms, found)
+        claimed = getattr(experiment, "CLAIMS", ())
+        return write_page(docs, name, experiment.TITLE, experiment.INTRO, scale, arms, found, claimed)
 
+    if only_finished:
+        read = (finished(name, scale, arm, seed) for seed in range(scale.most_seeds) for arm in arms)
+        return keep([each for each in read if each is not None])
     for seed in range(scale.seeds):
         keep(list(trials(name, scale, arms, seed)))
     wanted = wanted_seeds(scale, arms, found)
@@ -72,14 +78,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Reproduce the paper's tables beside ours.")
     parser.add_argument("experiment", choices=[*TABLES, "speed"])
     parser.add_argument("--scale", choices=list(SCALES), default="cpu")
+    parser.add_argument("--only-finished", action="store_true", help="train nothing, write the page of what is there")
     parser.add_argument("--archive", type=Path, default=ARCHIVE, help="CIFAR-10 as class folders, in a tar file")
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
     scale = SCALES[arguments.scale]
-    if arguments.experiment != "speed":
+    if arguments.only_finished and arguments.experiment == "speed":
+        parser.error("speed has no trainings to take up: leave --only-finished away")
+    if not (arguments.only_finished or arguments.experiment == "speed"):
         prepare(scale, arguments.archive)
-    print(reproduce(arguments.experiment, scale))
+    print(reproduce(arguments.experiment, scale, only_finished=arguments.only_finished))
 
 
 if __name__ == "__main__":

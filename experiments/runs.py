@@ -9,12 +9,19 @@ from leannorm.records import TrainingRun
 from leannorm.train.run import train
 
 
+def finished_run(out: Path, epochs: int) -> TrainingRun | None:
+    """Read the record of a run that is finished; None where it is not."""
+    if not (out / "run.json").exists():
+        return None
+    found = records.read(TrainingRun, out / "run.json")
+    return found if len(found.history) == epochs else None
+
+
 def trained(model: str, data: str, *, out: Path, epochs: int, **options) -> TrainingRun:
     """Train, go on with a run that was stopped, or read one that is finished."""
-    if (out / "run.json").exists():
-        finished = records.read(TrainingRun, out / "run.json")
-        if len(finished.history) == epochs:
-            return finished
+    finished = finished_run(out, epochs)
+    if finished is not None:
+        return finished
     return train(model, data, out=out, epochs=epochs, resume=(out / "last.ckpt").exists(), **options)
 
 

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from runs import trained
+from runs import finished_run, trained
 
 from leannorm import records
 from leannorm.records import TrainingRun
 
 DATA = Path(".data")
+DIVERGED = "diverged.json"
 ARCHIVE = Path("../shared/data/cifar10.tar.xz")
 
 
@@ -108,6 +109,11 @@ class Trial:
         return statistics.fmean(epoch.validation_accuracy for epoch in self.run.history[-last:])
 
 
+def accuracies(arm: str, found: list[Trial]) -> dict[int, float]:
+    """Give an arm's accuracies by seed."""
+    return {each.seed: each.accuracy for each in found if each.arm == arm}
+
+
 def batch_renorm(scale: Scale, batch_size: int) -> str:
     """Spell batch renorm with a schedule as long as the training: the published one outlasts short trainings."""
     steps = scale.epochs * (scale.images // batch_size)
@@ -147,12 +153,26 @@ def prepare(scale: Scale, archive: Path = ARCHIVE) -> None:
     partial.rename(folder)
 
 
+def folder(experiment: str, scale: Scale, arm: Arm, seed: int) -> Path:
+    """Name the folder of a training."""
+    return Path("runs/reproduce") / experiment / scale.name / re.sub(r"[^\w.@+-]+", "_", arm.name) / str(seed)
+
+
+def finished(experiment: str, scale: Scale, arm: Arm, seed: int) -> Trial | None:
+    """Read a training that is finished, or has diverged; None where there is none."""
+    out = folder(experiment, scale, arm, seed)
+    if (out / DIVERGED).exists():
+        return Trial(arm.name, seed, None)
+    run = finished_run(out, scale.epochs)
+    return None if run is None else Trial(arm.name, seed, run)
+
+
 def trial(experiment: str, scale: Scale, arm: Arm, seed: int) -> Trial:
     """Train an arm with a seed, go on with a training that was stopped, or read one that is finished."""
-    out = Path("runs/reproduce") / experiment / scale.name / re.sub(r"[^\w.@+-]+", "_", arm.name) / str(seed)
-    diverged = out / "diverged.json"
-    if diverged.exists():
-        return Trial(arm.name, seed, None)
+    found = finished(experiment, scale, arm, seed)
+    if found is not None:
+        return found
+    out = folder(experiment, scale, arm, seed)
     try:
         run = trained(
             arm.model or scale.model,
@@ -168,7 +188,7 @@ def trial(experiment: str, scale: Scale, arm: Arm, seed: int) -> Trial:
     except ValueError as error:
         if "diverged" not in str(error):
             raise
-        records.write_text(diverged, json.dumps(str(error)) + "\n")
+        records.write_text(out / DIVERGED, json.dumps(str(error)) + "\n")
         run = None
     return Trial(arm.name, seed, run)
 

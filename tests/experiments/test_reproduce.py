@@ -6,6 +6,7 @@ import math
 import tarfile
 from pathlib import Path
 
+import claims
 import comparison
 import page
 import pytest
@@ -32,7 +33,9 @@ ARMS = (
 def small(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reproduce.TABLES["family"], "arms", lambda scale: ARMS)
-    return lambda: reproduce.reproduce("family", TINY, results=tmp_path / "results", docs=tmp_path / "docs")
+    return lambda **options: reproduce.reproduce(
+        "family", TINY, results=tmp_path / "results", docs=tmp_path / "docs", **options
+    )
 
 
 def test_finished_trainings_are_not_run_again_and_stopped_ones_go_on(small, monkeypatch, tmp_path):
@@ -47,6 +50,10 @@ def test_finished_trainings_are_not_run_again_and_stopped_ones_go_on(small, monk
     monkeypatch.setattr(runs, "train", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         small()
+    only_finished = small(only_finished=True)
+    assert "| BN | `full` |" in only_finished.read_text()
+    assert "| wild | `none` | not run |" in only_finished.read_text()
+    assert len(calls) == 3, "nothing is trained for the page of what is finished"
     path = small()
     assert len(calls) == 3 + 4  # the third again, and the second seed
     text, raw = path.read_text(), json.loads((tmp_path / "results" / "family-tiny.json").read_text())
@@ -102,6 +109,42 @@ def test_differences_are_paired_over_shared_seeds_and_named_unresolved():
     assert wanted == {"BN": 2, "other": 2}
     more = dataclasses.replace(TINY, most_seeds=5)
     assert reproduce.wanted_seeds(more, arms[:2], found) == {"BN": 5, "other": 5}
+
+
+@pytest.mark.parametrize(
+    ("differences", "low", "high", "expected"),
+    [
+        ([0.010, 0.011, 0.012], 0.0, math.inf, "agrees"),
+        ([0.010, 0.011, 0.012], 0.02, math.inf, "disagrees"),
+        ([0.010, 0.011, 0.012], 0.011, math.inf, "not resolved"),
+        ([0.010, 0.011, 0.012], -0.005, 0.005, "disagrees"),
+        ([0.001, 0.001, 0.002], -0.005, 0.005, "agrees"),
+        ([0.3], 0.0, math.inf, "not resolved"),
+    ],
+)
+def test_claims_are_judged_by_the_whole_interval(differences, low, high, expected):
+    claim = claims.Claim("it helps", "new", "BN", low, high, "a note")
+    assert claim.verdict(comparison.paired(differences)) == expected
+    found = [trial("BN", seed, 0.5) for seed in range(9)]
+    found += [trial("new", seed, 0.5 + each) for seed, each in enumerate(differences)]
+    *_, line = claims.table((claim,), found).splitlines()
+    assert line.startswith("| it helps: new against BN |")
+    assert line.endswith(f"| {len(differences)} | {expected} | a note |")
+
+
+def test_claims_that_were_not_run_say_so(tmp_path):
+    claim = claims.Claim("it helps", "new", "BN", -0.005, 0.005)
+    assert claims.table((claim,), [trial("BN", 0, 0.5)]).endswith("| -0.5 to +0.5 |  | 0 | not run |  |")
+    path = page.write_page(tmp_path, "family", "T", "I", TINY, ARMS[:1], [trial("BN", 0, 0.5)], (claim,))
+    assert "## What others have found" in path.read_text()
+
+
+@pytest.mark.parametrize("scale", ["cpu", "full"])
+@pytest.mark.parametrize("name", reproduce.TABLES)
+def test_claims_are_about_arms_that_are_run(name, scale):
+    names = {arm.name for arm in reproduce.TABLES[name].arms(trials.SCALES[scale])}
+    for claim in getattr(reproduce.TABLES[name], "CLAIMS", ()):
+        assert {claim.arm, claim.against} <= names
 
 
 def test_accuracy_is_of_the_last_tenth_of_the_epochs():
