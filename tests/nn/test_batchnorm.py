@@ -255,3 +255,19 @@ def test_torchs_synchronizing_converter_drops_nothing_in_silence():
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
     plain = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(leannorm.BatchNorm2d(3)))
     assert type(plain[0]) is nn.SyncBatchNorm
+
+
+@pytest.mark.parametrize("place", ["input", "residual"])
+def test_a_tensor_that_has_left_a_transform_is_taken(place):
+    left = []
+
+    def keep(x):
+        left.append(x)
+        return x.sum()
+
+    torch.func.grad(keep)(torch.randn(4, 3, 5, 5))
+    other = torch.randn(4, 3, 5, 5, requires_grad=True)
+    arguments = (left[0], other) if place == "input" else (other, left[0])
+    layer = leannorm.BatchNorm2d(3, activation="relu")
+    layer(*arguments).sum().backward()
+    assert other.grad is not None

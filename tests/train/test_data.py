@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -230,6 +231,9 @@ def test_images_are_decoded_once_while_there_is_room(tmp_path, monkeypatch):
     first, second = ([reader(path) for path in paths] for _ in range(2))
     assert all(map(torch.equal, first, second))
     assert opened == paths + paths[3:]
+    again = pickle.loads(pickle.dumps(reader))
+    assert again == reader
+    assert not again._kept
 
 
 def test_a_file_that_is_no_image_is_named(class_folders):

@@ -216,9 +216,7 @@ class SampledBatchNorm(Unscriptable, _BatchNorm):
             track, options = eager.kernel("track", mean), (self.statistics.between_steps, self.guard_nonfinite)
             if track is not None and track(running_mean, running_var, mean, var, unbiased, factor, *options):
                 return
-        mean, var = mean.detach().to(dtype), var.detach().to(dtype)
-        if unbiased != 1:
-            var = var * unbiased
+        mean, var = mean.detach().to(dtype), var.detach().to(dtype) * unbiased
         if self.statistics.between_steps:
             var = var + (1 - factor) * (mean - running_mean) ** 2
         if self.guard_nonfinite:

@@ -40,8 +40,6 @@ def differentiable(name: str, setup_context: Callable[..., Any], backward: Calla
     """Make a function that takes an operator's inputs and then its kernel, and has this derivative.
 
     What `torch.library.register_autograd` makes of the same two functions is slower. ``name`` is the one in profiles.
-    The function is for calls that `kernel` gave the kernel of: it leaves out what `torch.autograd.Function.apply` does
-    for functorch's transforms.
     """
 
     def forward(ctx, *inputs_and_kernel):
@@ -55,7 +53,7 @@ def differentiable(name: str, setup_context: Callable[..., Any], backward: Calla
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(with_kernel)}
     function: Any = types.new_class(name, (torch.autograd.Function,), exec_body=lambda body: body.update(members))
-    return super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
+    return function.apply
 
 
 def kernel(name: str, x: Tensor, dy: Tensor | None = None) -> Callable[..., Any] | None:
@@ -67,6 +65,6 @@ def kernel(name: str, x: Tensor, dy: Tensor | None = None) -> Callable[..., Any]
     for watches in _watchers:
         if watches():
             return None
-    if forward_ad._current_level >= 0 or not torch._C._has_storage(x if dy is None else dy):
+    if forward_ad._current_level >= 0 or (dy is not None and not torch._C._has_storage(dy)):
         return None
     return _kernels.get((name, x.device.type))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import Subset, get_worker_info
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 from torchvision.transforms.v2 import functional as transforms
@@ -29,7 +29,8 @@ KEPT_BYTES = 2**29  # of decoded images
 class ImageReader:
     """Reads an image file as RGB (3, H, W) with values in [0, 1].
 
-    Decoded images are kept, as bytes, while there is room: the first 512 MiB of them in each process.
+    Decoded images are kept, as bytes, while there is room: the first 512 MiB of them. Worker processes, which end with
+    the epoch, keep none, and a pickled reader takes none along.
 
     Args:
         size: (H, W) of the result.
@@ -49,9 +50,12 @@ class ImageReader:
         image = self._kept.get(path)
         if image is None:
             image = self._decode(path)
-            if (len(self._kept) + 1) * image.nbytes <= KEPT_BYTES:
+            if get_worker_info() is None and (len(self._kept) + 1) * image.nbytes <= KEPT_BYTES:
                 self._kept[path] = image
         return image.to(torch.float32) / 255
+
+    def __reduce__(self) -> tuple[type[ImageReader], tuple[tuple[int, int], bool]]:
+        return ImageReader, (self.size, self.resize)
 
     def _decode(self, path: str) -> Tensor:
         try:
