@@ -1,28 +1,50 @@
 """What the experiments share: runs that are not trained twice, and their raw records in one file."""
 
+import dataclasses
+import inspect
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from leannorm import records
+from leannorm import parse_target, records
 from leannorm.records import TrainingRun
+from leannorm.train.recorder import LAST, RUN
 from leannorm.train.run import train
 
+ARGUMENTS = inspect.signature(train)
 
-def finished_run(out: Path, epochs: int) -> TrainingRun | None:
-    """Read the record of a run that is finished; None where it is not."""
-    if not (out / "run.json").exists():
+
+def finished_run(model: str, data: str, *, out: Path, **options) -> TrainingRun | None:
+    """Read the record of a training of these arguments that is finished; None where it is not.
+
+    Raises:
+        ValueError: if the finished training had other arguments.
+    """
+    if not (out / RUN).exists():
         return None
-    found = records.read(TrainingRun, out / "run.json")
-    return found if len(found.history) == epochs else None
+    found = records.read(TrainingRun, out / RUN)
+    if len(found.history) != found.epochs:
+        return None
+    call = ARGUMENTS.bind(model, data, out=out, **options)
+    call.apply_defaults()
+    wanted = call.arguments | {"statistics": str(parse_target(call.arguments["statistics"]))}
+    recorded = {field.name: getattr(found, field.name) for field in dataclasses.fields(found) if field.name in wanted}
+    differing = [f"{name} {value}, wanted {wanted[name]}" for name, value in recorded.items() if value != wanted[name]]
+    if differing:
+        raise ValueError(f"{out} holds a training of other arguments: {'; '.join(differing)}. Move it away")
+    return found
 
 
-def trained(model: str, data: str, *, out: Path, epochs: int, **options) -> TrainingRun:
-    """Train, go on with a run that was stopped, or read one that is finished."""
-    finished = finished_run(out, epochs)
+def trained(model: str, data: str, *, out: Path, **options) -> TrainingRun:
+    """Train, go on with a training that was stopped, or read one that is finished.
+
+    Raises:
+        ValueError: if the folder holds a training of other arguments.
+    """
+    finished = finished_run(model, data, out=out, **options)
     if finished is not None:
         return finished
-    return train(model, data, out=out, epochs=epochs, resume=(out / "last.ckpt").exists(), **options)
+    return train(model, data, out=out, resume=(out / LAST).exists(), **options)
 
 
 def write_raw(path: Path, groups: Iterable[Iterable[TrainingRun]]) -> None:

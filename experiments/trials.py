@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from runs import finished_run, trained
 
@@ -158,12 +159,27 @@ def folder(experiment: str, scale: Scale, arm: Arm, seed: int) -> Path:
     return Path("runs/reproduce") / experiment / scale.name / re.sub(r"[^\w.@+-]+", "_", arm.name) / str(seed)
 
 
+def training(experiment: str, scale: Scale, arm: Arm, seed: int) -> dict[str, Any]:
+    """Give all arguments of a training."""
+    return {
+        "model": arm.model or scale.model,
+        "data": scale.data,
+        "statistics": arm.statistics,
+        "seed": seed,
+        "epochs": scale.epochs,
+        "schedule": scale.schedule,
+        "accelerator": scale.accelerator,
+        "out": folder(experiment, scale, arm, seed),
+        **arm.options(scale),
+    }
+
+
 def finished(experiment: str, scale: Scale, arm: Arm, seed: int) -> Trial | None:
     """Read a training that is finished, or has diverged; None where there is none."""
-    out = folder(experiment, scale, arm, seed)
-    if (out / DIVERGED).exists():
+    arguments = training(experiment, scale, arm, seed)
+    if (arguments["out"] / DIVERGED).exists():
         return Trial(arm.name, seed, None)
-    run = finished_run(out, scale.epochs)
+    run = finished_run(**arguments)
     return None if run is None else Trial(arm.name, seed, run)
 
 
@@ -172,23 +188,13 @@ def trial(experiment: str, scale: Scale, arm: Arm, seed: int) -> Trial:
     found = finished(experiment, scale, arm, seed)
     if found is not None:
         return found
-    out = folder(experiment, scale, arm, seed)
+    arguments = training(experiment, scale, arm, seed)
     try:
-        run = trained(
-            arm.model or scale.model,
-            scale.data,
-            statistics=arm.statistics,
-            seed=seed,
-            epochs=scale.epochs,
-            schedule=scale.schedule,
-            accelerator=scale.accelerator,
-            out=out,
-            **arm.options(scale),
-        )
+        run = trained(**arguments)
     except ValueError as error:
         if "diverged" not in str(error):
             raise
-        records.write_text(out / DIVERGED, json.dumps(str(error)) + "\n")
+        records.write_text(arguments["out"] / DIVERGED, json.dumps(str(error)) + "\n")
         run = None
     return Trial(arm.name, seed, run)
 

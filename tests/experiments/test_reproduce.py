@@ -71,6 +71,15 @@ def test_finished_trainings_are_not_run_again_and_stopped_ones_go_on(small, monk
     assert {call["seed"] for call in calls} == {0, 1}
 
 
+def test_a_finished_training_of_other_arguments_is_not_taken(monkeypatch, tmp_path):
+    options = {"statistics": "grid:0.25", "seed": 0, "epochs": 1, "batch_size": 512, "out": tmp_path / "run"}
+    first = runs.trained("resnet8", "digits", **options)
+    monkeypatch.setattr(runs, "train", None)  # must not be called
+    assert runs.trained("resnet8", "digits", **options | {"statistics": "grid:1/4"}) == first
+    with pytest.raises(ValueError, match=r"rate 0\.1, wanted 0\.2; channels_last True, wanted False"):
+        runs.trained("resnet8", "digits", **options | {"learning_rate": 0.2, "channels_last": False})
+
+
 def test_paired_interval():
     found = comparison.paired([0.01, 0.02, 0.04])
     low, high = stats.ttest_rel([0.01, 0.02, 0.04], [0.0, 0.0, 0.0]).confidence_interval(0.95)
