@@ -43,10 +43,11 @@ EPOCHS, STEPS = 3, 5
 ARGUMENTS = {"statistics": "grid:1/4@step", "epochs": EPOCHS, "seed": 7, "batch_size": 256, "learning_rate": 0.05}
 # One process that has everything imported forks one for each run: imports are most of the time of a short run.
 FORK = """
-import json, os, sys
+import json, os, signal, sys
 import leannorm.train.run
 from leannorm.cli import main
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process inherits that it is ignored
 codes = []
 for arguments, environment, errors in json.load(sys.stdin):
     child = os.fork()
