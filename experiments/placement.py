@@ -6,7 +6,7 @@ from trials import Arm, Scale
 TITLE = "Placement and initialisation"
 INTRO = (
     "BN after the convolution or, in the blocks, after the activation; gamma at 0, 0.1 or 1 at first; dropout beside "
-    "BN; and the learning rates that train with BN and without it."
+    "BN; and the learning rates that train with BN, with sampled statistics, and without it."
 )
 VARIANTS = "experiments/variants.py"
 RATES = {"cpu": (0.01, 0.1, 1.0, 3.0), "full": (0.01, 0.1, 1.0, 3.0), "tiny": (0.01, 1e30)}
@@ -24,7 +24,7 @@ CLAIMS = (
 
 
 def arms(scale: Scale) -> tuple[Arm, ...]:
-    """Give the variants against BN as it stands, and learning rates with BN and without."""
+    """Give the variants against BN as it stands, and learning rates with BN, without and sampled."""
 
     def variant(name: str, factory: str, claim: str = "") -> Arm:
         return Arm(name, "full", USUAL, claim, model=f"{VARIANTS}:{scale.model}_{factory}")
@@ -38,5 +38,9 @@ def arms(scale: Scale) -> tuple[Arm, ...]:
     ]
     for rate in RATES[scale.name]:
         with_bn = Arm(f"BN, rate {rate:g}", "full", learning_rate=rate)
-        found += [with_bn, Arm(f"no BN, rate {rate:g}", "none", with_bn.name, learning_rate=rate)]
+        found += [
+            with_bn,
+            Arm(f"no BN, rate {rate:g}", "none", with_bn.name, learning_rate=rate),
+            Arm(f"grid 1/8, rate {rate:g}", "grid:1/8", with_bn.name, learning_rate=rate),
+        ]
     return tuple(found)
