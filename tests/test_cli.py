@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import signal
 import subprocess
 import sys
@@ -9,9 +10,10 @@ import types
 from pathlib import Path
 
 import pytest
+from torch import nn
 from typer.testing import CliRunner
 
-from leannorm import cli, records
+from leannorm import cli, convert, records
 
 
 def leannorm(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -223,6 +225,13 @@ def test_explain_prints_the_table(tmp_path):
     assert "convolution + batch norm + relu" in folded.stdout
 
 
+def test_train_and_explain_take_the_same_statistics_as_convert():
+    model, _ = convert(nn.Sequential(nn.BatchNorm2d(3)))
+    assert str(model[0].statistics) == cli.STATISTICS
+    for command in (cli.train, cli.explain):
+        assert inspect.signature(command).parameters["statistics"].default == cli.STATISTICS
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -250,6 +259,6 @@ def test_default_folders(tmp_path, monkeypatch):
     )
     result = leannorm("train", "resnet8", "digits", "--epochs=1")
     assert result.returncode == 0, result.stderr
-    result = leannorm("deploy", "runs/resnet8-digits-full/last.ckpt")
+    result = leannorm("deploy", "runs/resnet8-digits-grid_1_8/last.ckpt")
     assert result.returncode in (0, 1), result.stderr
-    assert (tmp_path / "runs/resnet8-digits-full/deployed/report.html").exists()
+    assert (tmp_path / "runs/resnet8-digits-grid_1_8/deployed/report.html").exists()

@@ -173,6 +173,9 @@ class GridSampling(_SpatialSampling):
         return self._spell("grid")
 
 
+DEFAULT = GridSampling(1 / 8)  # docs/default-source.md says why
+
+
 def _spread(sizes: Sequence[int], target: float) -> list[int]:
     """Spread about ``target`` elements over the dimensions, the same share of each."""
     counts = []

@@ -23,6 +23,7 @@ from leannorm.nn.masked import LengthEntry, LengthMark, MaskedBatchNorm
 from leannorm.nn.moving_average import MovingAverageBatchNorm
 from leannorm.nn.virtual import VirtualEntry, VirtualMark
 from leannorm.records import Change, Refusal, TransformReport
+from leannorm.sampling import DEFAULT
 from leannorm.statistics import FullBatch, Statistics, VirtualDataset, WeightedSum
 
 M = TypeVar("M", bound=nn.Module)
@@ -43,7 +44,7 @@ _STATE = (
 
 def convert(
     model: M,
-    target: Statistics | Method,
+    target: Statistics | Method = DEFAULT,
     *,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     guard_nonfinite: bool | None = None,
@@ -57,7 +58,8 @@ def convert(
 
     Args:
         model: any module.
-        target: a source (`GridSampling`, ...) or a method (`GhostBatch`, `GroupNormalization`, ...).
+        target: a source (`GridSampling`, ...) or a method (`GhostBatch`, `GroupNormalization`, ...); the sampled source
+            that trains as exact BN does, ``GridSampling(1 / 8)``, if left out.
         filter_fn: takes (module, qualified name); only layers for which it is true are converted. None takes all.
         guard_nonfinite: keep NaN and infinity out of the running statistics; None leaves each layer's own setting.
 
@@ -69,7 +71,7 @@ def convert(
         TypeError: if ``target`` is neither.
         ValueError: if some layers would take virtual samples for real ones, since others have them; nothing is changed.
 
-    >>> model, report = convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), parse_statistics("grid:1/8"))
+    >>> model, report = convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
     >>> report.changes
     (Change(module='1', action='statistics full -> grid:1/8'),)
     """

@@ -6,13 +6,14 @@ import torch
 
 import leannorm
 from leannorm.records import Explanation
+from leannorm.sampling import DEFAULT
 from leannorm.train import models
 
 
 def explain_spelled(
     model: str,
     *,
-    statistics: str = "full",
+    statistics: str = str(DEFAULT),
     fuse: bool = True,
     convolution: bool = False,
     image_size: int = 224,
