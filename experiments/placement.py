@@ -9,7 +9,7 @@ INTRO = (
     "BN; and the learning rates that train with BN, with sampled statistics, and without it."
 )
 VARIANTS = "experiments/variants.py"
-RATES = {"cpu": (0.01, 0.1, 1.0, 3.0), "full": (0.01, 0.1, 1.0, 3.0), "tiny": (0.01, 1e30)}
+RATES = {"cpu": (0.01, 0.1, 1.0, 3.0, 10.0), "full": (0.01, 0.1, 1.0, 3.0, 10.0), "tiny": (0.01, 1e30)}
 
 USUAL = "BN before the activation, gamma 1"
 CLAIMS = (

@@ -1,7 +1,7 @@
 """How far a sample's statistics are from those of all elements, and how much that changes from step to step.
 
     make reproduce EXPERIMENT=convergence  # trains the network that is looked at
-    .venv/bin/python experiments/sample_correlation.py  # a minute on 2 cores
+    .venv/bin/python experiments/sample_correlation.py  # two minutes on 2 cores; --table prints what is recorded
 
 In a network that was trained with exact BN, weights frozen, every source samples the inputs of every BN layer over
 augmented training batches. With d_t = (mean of the sample - mean of all) / sigma of step t, a channel:
@@ -27,8 +27,9 @@ from pathlib import Path
 
 import convergence
 import torch
+from comparison import paired_over_seeds
 from torch import Tensor, nn
-from trials import SCALES, folder
+from trials import SCALES, Trial, accuracies, folder
 
 import leannorm
 from leannorm import records
@@ -119,22 +120,34 @@ def measure(model: nn.Module, data: ImageData) -> list[LayerSample]:
     return samples
 
 
-def table(samples: tuple[LayerSample, ...]) -> str:
-    """Give the medians over layers in Markdown."""
+def table(samples: tuple[LayerSample, ...], trials: list[Trial]) -> str:
+    """Give in Markdown the medians over layers beside what training with the source lost, the least noise first."""
     lines = [
-        "| statistics | offset | noise | noise of sigma | design effect, lowest to highest |",
-        "|---|---|---|---|---|",
+        "| statistics | noise | noise of sigma | offset | design effect, its range | points against BN | seeds |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for spelling in dict.fromkeys(each.statistics for each in samples if each.m < each.M):
-        group = [each for each in samples if each.statistics == spelling]
-        cells = [
-            f"{statistics.median(getattr(each, name) for each in group):.3f}"
-            for name in ("offset", "noise", "scale_noise")
+    rows = []
+    exact = accuracies(convergence.FIRST[0].name, trials)
+    for arm in convergence.FIRST:
+        group = [each for each in samples if each.statistics == arm.statistics and each.m < each.M]
+        lost = paired_over_seeds(accuracies(arm.name, trials), exact)
+        if not group or lost is None:
+            continue
+        medians = [
+            statistics.median(getattr(each, name) for each in group) for name in ("noise", "scale_noise", "offset")
         ]
         effects = [each.design_effect for each in group]
-        cells.append(f"{statistics.median(effects):.1f}, {min(effects):.1f} to {max(effects):.1f}")
-        lines.append(f"| `{spelling}` | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        effect = f"{statistics.median(effects):.1f}, {min(effects):.1f} to {max(effects):.1f}"
+        difference = f"{100 * lost.mean:+.1f} ± {100 * lost.half_width:.1f}"
+        cells = [f"`{arm.statistics}`", *(f"{median:.3f}" for median in medians), effect, difference, str(lost.seeds)]
+        rows.append((medians[0], f"| {' | '.join(cells)} |"))
+    return "\n".join(lines + [row for _, row in sorted(rows)])
+
+
+def committed_table() -> str:
+    """Give the table of the records that are there."""
+    found = json.loads((RESULT.parent / "convergence-cpu.json").read_text())["trials"]
+    return table(records.read(Record, RESULT).samples, [records.from_json(Trial, json.dumps(each)) for each in found])
 
 
 def main() -> None:
@@ -150,7 +163,7 @@ def main() -> None:
         network = f"{scale.model} after {scale.epochs} epochs of {scale.data} with exact BN"
         found = Record(network, BATCHES, environment(), tuple(measure(model, data)))
         records.write_text(RESULT, json.dumps(asdict(found), indent=1) + "\n")
-    print(table(records.read(Record, RESULT).samples))
+    print(committed_table())
 
 
 if __name__ == "__main__":
