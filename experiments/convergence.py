@@ -45,8 +45,8 @@ CLAIMS = (
         "BN",
         low=-0.02,
         high=0.0,
-        note="Three seeds agree. Its training loss ends higher too (1.11, BN 0.94), so the gap is made in training, not by "
-        "the inference statistics. It opens after the seventh of 12 epochs; the paper trains for 130.",
+        note="Three seeds agree. Its training loss ends higher too (1.11, BN 0.94), so the gap is made in training, "
+        "not by the inference statistics. It opens after the seventh of 12 epochs; the paper trains for 130.",
     ),
     *(
         Claim("FS + VDN is the best of the sampled ones", "FS 1/32 + VDN 1", other)
