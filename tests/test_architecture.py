@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "backends": {"ops"},
     "functional": {"activation", "backends", "ops", "statistics"},
     "nn": {"activation", "functional", "methods", "ops", "statistics"},
-    "conversion": {"activation", "backends", "methods", "nn", "ops", "records", "statistics"},
+    "conversion": {"activation", "backends", "methods", "nn", "ops", "records", "sampling", "statistics"},
     "graph": {"functional", "nn", "records"},
     "quantize": {"nn", "records"},
     "report": {"records"},

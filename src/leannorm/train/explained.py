@@ -6,14 +6,13 @@ import torch
 
 import leannorm
 from leannorm.records import Explanation
-from leannorm.sampling import DEFAULT
 from leannorm.train import models
 
 
 def explain_spelled(
     model: str,
     *,
-    statistics: str = str(DEFAULT),
+    statistics: str,
     fuse: bool = True,
     convolution: bool = False,
     image_size: int = 224,
