@@ -8,6 +8,8 @@ from pathlib import Path
 
 from leannorm import parse_target, records
 from leannorm.records import TrainingRun
+from leannorm.train import checkpoint
+from leannorm.train.configuration import Configuration
 from leannorm.train.recorder import LAST, RUN
 from leannorm.train.run import train
 
@@ -28,8 +30,9 @@ def finished_run(model: str, data: str, *, out: Path, **options) -> TrainingRun 
     call = ARGUMENTS.bind(model, data, out=out, **options)
     call.apply_defaults()
     wanted = call.arguments | {"statistics": str(parse_target(call.arguments["statistics"]))}
-    recorded = {field.name: getattr(found, field.name) for field in dataclasses.fields(found) if field.name in wanted}
-    differing = [f"{name} {value}, wanted {wanted[name]}" for name, value in recorded.items() if value != wanted[name]]
+    made = dataclasses.asdict(Configuration.from_plain(checkpoint.read(out / LAST)["hyper_parameters"]))
+    others = {name: value for name, value in made.items() if name in wanted and value != wanted[name]}
+    differing = [f"{name} {value}, wanted {wanted[name]}" for name, value in others.items()]
     if differing:
         raise ValueError(f"{out} holds a training of other arguments: {'; '.join(differing)}. Move it away")
     return found

@@ -17,7 +17,6 @@ Raw results: `benchmarks/results/sample-correlation.json`; what they say is in `
 
 import argparse
 import json
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator
@@ -35,12 +34,13 @@ import leannorm
 from leannorm import records
 from leannorm.ops import definition
 from leannorm.records import Environment
-from leannorm.statistics import Statistics
 from leannorm.train import checkpoint
 from leannorm.train.data import ImageData
 from leannorm.train.environment import environment
+from leannorm.train.recorder import LAST
 
-SOURCES = tuple(arm.statistics for arm in convergence.FIRST if not leannorm.parse_statistics(arm.statistics).virtual)
+EXACT, *SAMPLED = convergence.FIRST
+SOURCES = tuple(arm.statistics for arm in SAMPLED if not leannorm.parse_statistics(arm.statistics).virtual)
 BATCHES = 40
 RESULT = Path("benchmarks/results/sample-correlation.json")
 
@@ -59,8 +59,8 @@ class LayerSample:
 
     @property
     def design_effect(self) -> float:
-        """The variance of the sample's mean over that of independent elements; NaN for all elements."""
-        return self.noise**2 / (1 / self.m - 1 / self.M) if self.m < self.M else math.nan
+        """The variance of the sample's mean over that of independent elements."""
+        return self.noise**2 / (1 / self.m - 1 / self.M)
 
 
 @dataclass(frozen=True)
@@ -80,21 +80,11 @@ def inputs(model: nn.Module, data: ImageData) -> Iterator[dict[str, Tensor]]:
     for name, layer in model.named_modules():
         if isinstance(layer, leannorm.BatchNorm2d):
             layer.momentum = 0.0
-            layer.register_forward_pre_hook(lambda _, arguments, name=name: found.update({name: arguments[0].clone()}))
+            layer.register_forward_pre_hook(lambda _, arguments, name=name: found.update({name: arguments[0]}))
     model.train()
     for images, _ in islice(data.train_dataloader(), BATCHES):
         model(images)
         yield found
-
-
-def deviations(x: Tensor, source: Statistics, place: int) -> tuple[Tensor, Tensor, int]:
-    """Give (mean of the sample - mean of all) / sigma and log(sigma of the sample / sigma of all), (C,), and m."""
-    regions = source.regions_of(x, place)
-    draw = torch.randint(0, 2**62, (regions.draws,)) if regions.draws else None
-    x = x.double()
-    mean, var = definition.moments(x, None, (), ())
-    sampled_mean, sampled_var = definition.moments(x, draw, regions.boxes, regions.weights)
-    return (sampled_mean - mean) / var.sqrt(), (sampled_var / var).log() / 2, round(1 / regions.inverse_count)
 
 
 def measure(model: nn.Module, data: ImageData) -> list[LayerSample]:
@@ -102,22 +92,30 @@ def measure(model: nn.Module, data: ImageData) -> list[LayerSample]:
     torch.manual_seed(0)
     sources = {spelling: leannorm.parse_statistics(spelling) for spelling in SOURCES}
     places = {name: layer.place for name, layer in model.named_modules() if isinstance(layer, leannorm.BatchNorm2d)}
-    steps: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    steps: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
     counts: dict[tuple[str, str], tuple[int, int]] = {}
     for batch in inputs(model, data):
         for name, place in places.items():
-            x = batch[name]
+            x = batch[name].double()
+            mean, var = definition.moments(x, None, (), ())
             for spelling, source in sources.items():
-                *found, m = deviations(x, source, place)
-                steps[spelling, name].append((found[0], found[1]))
-                counts[spelling, name] = m, x.numel() // x.shape[1]
+                regions = source.regions_of(x, place)
+                draw = torch.randint(0, 2**62, (regions.draws,)) if regions.draws else None
+                sampled_mean, sampled_var = definition.moments(x, draw, regions.boxes, regions.weights)
+                steps[spelling, name].append(
+                    torch.stack([(sampled_mean - mean) / var.sqrt(), (sampled_var / var).log() / 2])
+                )
+                counts[spelling, name] = round(1 / regions.inverse_count), x.numel() // x.shape[1]
     samples = []
-    for (spelling, name), found in steps.items():
-        mean, scale = (torch.stack(parts) for parts in zip(*found, strict=True))
-        offset, noise, scale_noise = mean.mean(0), mean.std(0), scale.std(0)
-        roots = (values.square().mean().sqrt().item() for values in (offset, noise, scale_noise))
-        samples.append(LayerSample(spelling, name, *counts[spelling, name], *roots))
+    for key, found in steps.items():
+        offset, _ = _root_mean_square(torch.stack(found).mean(0))
+        noise, scale_noise = _root_mean_square(torch.stack(found).std(0))
+        samples.append(LayerSample(*key, *counts[key], offset, noise, scale_noise))
     return samples
+
+
+def _root_mean_square(values: Tensor) -> list[float]:
+    return values.square().mean(1).sqrt().tolist()
 
 
 def table(samples: tuple[LayerSample, ...], trials: list[Trial]) -> str:
@@ -127,9 +125,9 @@ def table(samples: tuple[LayerSample, ...], trials: list[Trial]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     rows = []
-    exact = accuracies(convergence.FIRST[0].name, trials)
-    for arm in convergence.FIRST:
-        group = [each for each in samples if each.statistics == arm.statistics and each.m < each.M]
+    exact = accuracies(EXACT.name, trials)
+    for arm in SAMPLED:
+        group = [each for each in samples if each.statistics == arm.statistics]
         lost = paired_over_seeds(accuracies(arm.name, trials), exact)
         if not group or lost is None:
             continue
@@ -155,8 +153,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", action="store_true", help="print the committed record's table, measure nothing")
     if not parser.parse_args().table:
-        scale, exact = SCALES["cpu"], convergence.FIRST[0]
-        path = folder("convergence", scale, exact, 0) / "last.ckpt"
+        scale = SCALES["cpu"]
+        path = folder("convergence", scale, EXACT, 0) / LAST
         model, _ = checkpoint.load(path)
         model.to(memory_format=torch.channels_last)  # as it was trained: the grid's shape follows the layout
         data = checkpoint.open_data_of(path, batch_size=scale.batch_size)

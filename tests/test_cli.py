@@ -227,9 +227,9 @@ def test_explain_prints_the_table(tmp_path):
 
 def test_train_and_explain_take_the_same_statistics_as_convert():
     model, _ = convert(nn.Sequential(nn.BatchNorm2d(3)))
-    assert str(model[0].statistics) == cli.STATISTICS
+    assert str(model[0].statistics) == cli.DEFAULT_STATISTICS
     for command in (cli.train, cli.explain):
-        assert inspect.signature(command).parameters["statistics"].default == cli.STATISTICS
+        assert inspect.signature(command).parameters["statistics"].default == cli.DEFAULT_STATISTICS
 
 
 @pytest.mark.parametrize(

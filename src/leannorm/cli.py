@@ -25,7 +25,7 @@ main = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-STATISTICS = "grid:1/8"  # what `leannorm.convert` takes
+DEFAULT_STATISTICS = "grid:1/8"  # what `leannorm.convert` takes
 Data = Annotated[str, typer.Argument(help="`digits`, or a folder of class folders (or of train/ and val/ with these).")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove what the folder holds from an earlier run first.")]
 
@@ -53,7 +53,7 @@ def train(
         typer.Option(
             help="Source of statistics or method: full, grid:1/32, fs:1/32+vdn:1, gn:32, renorm:3, ghost:32, ..."
         ),
-    ] = STATISTICS,
+    ] = DEFAULT_STATISTICS,
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 30,
     seed: Annotated[int, typer.Option(help="Same seed: same weights, same data.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images in a batch.")] = 128,
@@ -171,7 +171,7 @@ def report(
 @main.command()
 def explain(
     model: Annotated[str, typer.Argument(help="As of `leannorm train`.")],
-    statistics: Annotated[str, typer.Option(help="Source or method, as of `leannorm train`.")] = STATISTICS,
+    statistics: Annotated[str, typer.Option(help="Source or method, as of `leannorm train`.")] = DEFAULT_STATISTICS,
     fuse: Annotated[bool, typer.Option("--fuse/--no-fuse", help="Fuse batch norm, addition and activation.")] = True,
     convolution: Annotated[bool, typer.Option("--convolution", help="Fuse the convolutions too.")] = False,
     image_size: Annotated[int, typer.Option(help="Pixels of a side of the images.")] = 224,

@@ -173,7 +173,7 @@ class GridSampling(_SpatialSampling):
         return self._spell("grid")
 
 
-DEFAULT = GridSampling(1 / 8)  # docs/default-source.md says why
+DEFAULT_SOURCE = GridSampling(1 / 8)  # docs/default-source.md says why
 
 
 def _spread(sizes: Sequence[int], target: float) -> list[int]:

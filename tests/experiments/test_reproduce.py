@@ -78,6 +78,8 @@ def test_a_finished_training_of_other_arguments_is_not_taken(monkeypatch, tmp_pa
     assert runs.trained("resnet8", "digits", **options | {"statistics": "grid:1/4"}) == first
     with pytest.raises(ValueError, match=r"rate 0\.1, wanted 0\.2; channels_last True, wanted False"):
         runs.trained("resnet8", "digits", **options | {"learning_rate": 0.2, "channels_last": False})
+    with pytest.raises(ValueError, match="schedule one-cycle, wanted drops:1"):
+        runs.trained("resnet8", "digits", **options | {"schedule": "drops:1"})
 
 
 def test_paired_interval():

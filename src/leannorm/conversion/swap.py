@@ -23,7 +23,7 @@ from leannorm.nn.masked import LengthEntry, LengthMark, MaskedBatchNorm
 from leannorm.nn.moving_average import MovingAverageBatchNorm
 from leannorm.nn.virtual import VirtualEntry, VirtualMark
 from leannorm.records import Change, Refusal, TransformReport
-from leannorm.sampling import DEFAULT
+from leannorm.sampling import DEFAULT_SOURCE
 from leannorm.statistics import FullBatch, Statistics, VirtualDataset, WeightedSum
 
 M = TypeVar("M", bound=nn.Module)
@@ -44,7 +44,7 @@ _STATE = (
 
 def convert(
     model: M,
-    target: Statistics | Method = DEFAULT,
+    target: Statistics | Method = DEFAULT_SOURCE,
     *,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     guard_nonfinite: bool | None = None,
@@ -58,8 +58,8 @@ def convert(
 
     Args:
         model: any module.
-        target: a source (`GridSampling`, ...) or a method (`GhostBatch`, `GroupNormalization`, ...); the sampled source
-            that trains as exact BN does, ``GridSampling(1 / 8)``, if left out.
+        target: a source (`GridSampling`, ...) or a method (`GhostBatch`, `GroupNormalization`, ...);
+            ``GridSampling(1 / 8)`` if left out (docs/default-source.md says why).
         filter_fn: takes (module, qualified name); only layers for which it is true are converted. None takes all.
         guard_nonfinite: keep NaN and infinity out of the running statistics; None leaves each layer's own setting.
 
