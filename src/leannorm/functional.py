@@ -295,7 +295,7 @@ def _kind(activation: str | Activation | None) -> tuple[str, tuple[float, ...]]:
 def _check(
     shape: Sequence[int], input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> None:
-    dtype, device = input.dtype, input.device
+    dtype, on_cpu = input.dtype, input.is_cpu
     if not dtype.is_floating_point:
         raise TypeError(f"batch normalization needs a floating input, got {dtype}; call .float() on it first")
     if len(shape) < 2 and tuple(shape) != (0,):
@@ -312,9 +312,12 @@ def _check(
             f"got {tuple(residual.shape)} {residual.dtype}"
         )
     for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
-        if tensor is not None and tensor.device != device:  # the kernels read memory by address
+        if tensor is None or (on_cpu and tensor.is_cpu):  # asked first, since it is quick
+            continue
+        if tensor.device != input.device:  # the kernels read memory by address
             raise ValueError(
-                f"{name} must be on the input's device, {device}, got {tensor.device}; move the input or the module"
+                f"{name} must be on the input's device, {input.device}, got {tensor.device}; move the input or the "
+                "module"
             )
 
 

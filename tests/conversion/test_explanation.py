@@ -48,7 +48,7 @@ def test_the_missing_extension_is_named_and_aten_serves(monkeypatch):
     called = []
     monkeypatch.setattr(cpu, "_kernels", None)
     monkeypatch.setattr(cpu, "_missing", "the extension was not built (no module named _kernels)")
-    monkeypatch.setattr(cpu, "_plan_for", lambda *_: called.append(True))
+    monkeypatch.setattr(cpu, "_work_on", lambda *_: called.append(True))
     for layer in (only(explain(model(activation=False), images())), only(explain(model(activation=False)))):
         assert layer.served_by == "ATen"
         assert layer.reasons == (

@@ -17,7 +17,7 @@ from leannorm.nn.recompute import recomputing
 from leannorm.nn.tracing import Unscriptable, is_traced, record
 from leannorm.nn.virtual import VirtualMark
 from leannorm.ops import eager
-from leannorm.statistics import FullBatch, Statistics
+from leannorm.statistics import FullBatch, Regions, Statistics
 
 
 class _RefuseSyncConversion:
@@ -145,8 +145,7 @@ class SampledBatchNorm(Unscriptable, _BatchNorm):
             return self._train_forward(input, residual, activation)
         self._check_mark(input)
         y, mean, var = folding.conv_batch_norm(folded, self, input, residual, activation)
-        if self._counts(y):
-            self._track(mean, var, unbiased=folded.regions.unbiased)
+        self._take_in(y, mean, var, folded.regions)
         return y
 
     def _train_forward(self, input: Tensor, residual: Tensor | None, activation: str | Activation | None) -> Tensor:
@@ -161,8 +160,7 @@ class SampledBatchNorm(Unscriptable, _BatchNorm):
             residual=residual,
             activation=activation,
         )
-        if self._counts(input):
-            self._track(mean, var, unbiased=regions.unbiased)
+        self._take_in(input, mean, var, regions)
         return y
 
     def _eval_forward(self, input: Tensor, residual: Tensor | None, activation: str | Activation | None) -> Tensor:
@@ -189,13 +187,35 @@ class SampledBatchNorm(Unscriptable, _BatchNorm):
                 "(not a part of it, and with no reshaping of the batch in between), or convert the part"
             )
 
+    def _take_in(self, input: Tensor, mean: Tensor, var: Tensor, regions: Regions) -> None:
+        """Count a batch, and move the running statistics towards its own by the layer's momentum."""
+        factor = self.momentum if input.numel() > 0 and self._tracks() else None
+        if isinstance(factor, float) and self._track_natively(
+            mean, var, regions.unbiased, factor, self.num_batches_tracked
+        ):
+            return
+        if self._counts(input):
+            self._track(mean, var, unbiased=regions.unbiased)
+
+    def _tracks(self) -> bool:
+        return self.track_running_stats and self.num_batches_tracked is not None and not recomputing()
+
     def _counts(self, input: Tensor) -> bool:
         """Count a batch, and say whether the running statistics take it in."""
         batches = self.num_batches_tracked
-        if not self.track_running_stats or batches is None or recomputing():
+        if batches is None or not self._tracks():
             return False
         batches.add_(1)
         return input.numel() > 0
+
+    def _track_natively(
+        self, mean: Tensor, var: Tensor, unbiased: float, factor: float, batches: Tensor | None = None
+    ) -> bool:
+        track, running_mean, running_var = eager.kernel("track", mean), self.running_mean, self.running_var
+        if track is None or running_mean is None or running_var is None:
+            return False
+        options = self.statistics.between_steps, self.guard_nonfinite
+        return track(running_mean, running_var, batches, mean, var, unbiased, factor, *options)
 
     def _track(self, mean: Tensor, var: Tensor, factor: Tensor | float | None = None, *, unbiased: float = 1.0) -> None:
         """Move the running statistics towards ``mean`` and ``var`` (times ``unbiased``).
@@ -212,10 +232,8 @@ class SampledBatchNorm(Unscriptable, _BatchNorm):
             factor = 1 / batches
         if isinstance(factor, Tensor):
             factor = factor.to(dtype)
-        else:
-            track, options = eager.kernel("track", mean), (self.statistics.between_steps, self.guard_nonfinite)
-            if track is not None and track(running_mean, running_var, mean, var, unbiased, factor, *options):
-                return
+        elif self._track_natively(mean, var, unbiased, factor):
+            return
         mean, var = mean.detach().to(dtype), var.detach().to(dtype) * unbiased
         if self.statistics.between_steps:
             var = var + (1 - factor) * (mean - running_mean) ** 2

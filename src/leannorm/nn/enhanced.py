@@ -73,8 +73,7 @@ class EnhancedBatchNorm(MethodNorm):
     def _normalize(self, input: Tensor, residual: Tensor | None, activation: str | Activation | None) -> Tensor:
         regions = FullBatch().regions(input.shape)
         y, mean, var = functional.batch_norm(input, eps=self.eps)
-        if self._counts(input):
-            self._track(mean, var, unbiased=regions.unbiased)
+        self._take_in(input, mean, var, regions)
         return self._convolve(y, residual, activation)
 
     _exact_forward = _normalize

@@ -41,7 +41,7 @@ def chain(
         if isinstance(layer, SampledBatchNorm) and not is_observed(layer):
             folded = folding.fold(convolution, layer, input)
         if folded is not None:
-            operands = _operands(steps, folded.shape, folded.dtype, input.device) if takes_steps(layer) else None
+            operands = _operands(steps, folded.shape, folded.dtype, input) if takes_steps(layer) else None
             if operands is not None:
                 return layer(input, *operands, folded)
             return _follow(layer(input, None, None, folded), steps)
@@ -49,7 +49,7 @@ def chain(
     if takes_steps(layer):
         if not isinstance(layer, SampledBatchNorm):
             return layer(input, fused_steps=steps)
-        operands = _operands(steps, input.shape, input.dtype, input.device)
+        operands = _operands(steps, input.shape, input.dtype, input)
         if operands is not None:
             return layer(input, *operands)
     return _follow(layer(input), steps)
@@ -88,9 +88,12 @@ def activation_step(step: object) -> Activation | None:
 
 
 def _operands(
-    steps: tuple[Step, ...], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    steps: tuple[Step, ...], shape: tuple[int, ...], dtype: torch.dtype, input: Tensor
 ) -> tuple[Tensor | None, Activation | None] | None:
-    """Give the residual and the activation that steps are, for a layer of this output; None where they are not."""
+    """Give the residual and the activation that steps are, for a layer of this output on the input's device.
+
+    None where they are not.
+    """
     residual = activation = None
     for step in steps:
         if is_identity(step):
@@ -98,7 +101,9 @@ def _operands(
         if activation is not None:
             return None
         if isinstance(step, Tensor):
-            if residual is not None or (step.shape, step.dtype, step.device) != (shape, dtype, device):
+            if residual is not None or step.shape != shape or step.dtype != dtype:
+                return None
+            if not (step.is_cpu and input.is_cpu) and step.device != input.device:  # the first is quick
                 return None
             residual = step
         else:

@@ -11,23 +11,10 @@ from leannorm.ops import definition, eager
 from leannorm.ops.contract import library, takes_output
 
 
-def _setup_context(ctx, inputs, output):
-    x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters = inputs
-    y, mean, var, *signs = output
-    ctx.mark_non_differentiable(mean, var, *signs)
-    _keep(
-        ctx,
-        x,
-        weight,
-        bias,
-        residual,
-        y,
-        (eps, activation, parameters),
-        mean,
-        var,
-        draw,
-        signs=signs[0] if signs else None,
-    )
+def _setup_context(ctx, inputs, outputs):
+    x, weight, bias, residual, draw, boxes, weights, *point = inputs
+    y, mean, var, *signs = outputs
+    _keep(ctx, x, weight, bias, residual, y, point, mean, var, draw, signs=signs[0] if signs else None)
     ctx.places = boxes, weights
 
 
@@ -35,7 +22,7 @@ def _keep(ctx, x, weight, bias, residual, y, point, *others, signs=None):
     """Save what backward reads: the residual where the activation needs it, or y or its signs in its place."""
     ctx.set_materialize_grads(False)
     _, activation, _ = ctx.point = point
-    needs_output = takes_output(activation) and residual is not None
+    needs_output = residual is not None and takes_output(activation)
     kept_residual = residual if activation and not needs_output else None
     told_by = signs if signs is not None else y if needs_output else None
     ctx.save_for_backward(x, weight, bias, kept_residual, told_by, *others)
@@ -43,35 +30,39 @@ def _keep(ctx, x, weight, bias, residual, y, point, *others, signs=None):
     ctx.strides_with_signs = None if signs is None else (x.stride(), y.stride())
 
 
-def _backward(ctx, dy, *_):
-    if dy is None:
-        return (None,) * 10
+def _backward(ctx, dy, needed):
     x, weight, bias, residual, y, mean, var, draw = ctx.saved_tensors
     (boxes, weights), (eps, activation, parameters) = ctx.places, ctx.point
-    x_needed, weight_needed, bias_needed, residual_needed = ctx.needs_input_grad[:4]
     if torch.is_grad_enabled():
 
         def forward(x, weight, bias, residual, *activation):
             return definition.batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, *activation)[0]
 
-        return *_differentiable_gradients(ctx, dy, ctx.needs_input_grad[:4], forward), *(None,) * 6
+        return _differentiable_gradients(ctx, dy, needed, forward)
     if ctx.strides_with_signs is not None and x.stride() != ctx.strides_with_signs[0]:
         # A hook on saved tensors gave x another memory order, in which the signs do not lie.
         dy, y, activation, parameters = _through_activation(ctx, dy, y), None, "", ()
     backward = eager.kernel("batch_norm_backward", x, dy) or torch.ops.leannorm.batch_norm_backward
     dx, dweight, dbias, dresidual = backward(
         dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters, draw, boxes, weights,
-        residual_needed and activation != "",
+        needed[3] and activation != "",
     )  # fmt: skip
-    if residual_needed and not activation:
-        dresidual = dy
+    return _wanted(needed, (dx, dweight, dbias, dresidual if activation else dy), weight, bias)
+
+
+def _wanted(needed, gradients, weight, bias):
+    """Give those gradients that are needed, of weight and bias in their dtype."""
+    dx, dweight, dbias, dresidual = gradients
     return (
-        dx if x_needed else None,
-        dweight.to(weight.dtype) if weight_needed else None,
-        dbias.to(bias.dtype) if bias_needed else None,
-        dresidual if residual_needed else None,
-        *(None,) * 6,
+        dx if needed[0] else None,
+        _in_dtype_of(weight, dweight) if needed[1] else None,
+        _in_dtype_of(bias, dbias) if needed[2] else None,
+        dresidual if needed[3] else None,
     )
+
+
+def _in_dtype_of(parameter, gradient):
+    return gradient if gradient.dtype is parameter.dtype else gradient.to(parameter.dtype)
 
 
 def _differentiable_gradients(ctx, dy, wanted, forward):
@@ -101,10 +92,7 @@ def _through_activation(ctx, dy, told_by):
     return definition.activation_backward_by_signs(dy, told_by, ctx.strides_with_signs[1], activation, parameters)
 
 
-torch.library.register_autograd("leannorm::batch_norm", _backward, setup_context=_setup_context, lib=library)
-
-
-_batch_norm = eager.differentiable("BatchNorm", _setup_context, _backward)
+_batch_norm = eager.differentiable("batch_norm", _setup_context, _backward, tensors=4)
 
 
 def batch_norm(x: Tensor, *others) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,61 +103,49 @@ def batch_norm(x: Tensor, *others) -> tuple[Tensor, Tensor, Tensor]:
     kernel = kernel or eager.kernel("batch_norm", x)
     if kernel is None:
         return torch.ops.leannorm.batch_norm(x, *others)
-    y, mean, var, *_ = _batch_norm(x, *others, kernel)
+    y, mean, var, *_ = _batch_norm(kernel, x, *others)
     return y, mean, var
 
 
 # With given statistics, through which no gradient flows.
 
 
-def _setup_normalize(ctx, inputs, output):
-    x, mean, var, weight, bias, residual, eps, activation, parameters = inputs
-    _keep(ctx, x, weight, bias, residual, output, (eps, activation, parameters), mean, var)
+def _setup_normalize(ctx, inputs, outputs):
+    x, mean, var, weight, bias, residual, *point = inputs
+    _keep(ctx, x, weight, bias, residual, outputs[0], point, mean, var)
 
 
-def _normalize_backward(ctx, dy):
-    if dy is None:
-        return (None,) * 9
+def _normalize_backward(ctx, dy, needed):
     x, weight, bias, residual, y, mean, var = ctx.saved_tensors
-    x_needed, mean_needed, var_needed, *others_needed = ctx.needs_input_grad[:6]
+    x_needed, mean_needed, var_needed, *others_needed = needed
     if mean_needed or var_needed:
         raise RuntimeError(
             "torch.ops.leannorm.normalize takes mean and var for constants; detach them, "
             "or use leannorm.functional.normalize_by, through which their gradients flow"
         )
     eps, activation, parameters = ctx.point
+    needed = (x_needed, *others_needed)
     if torch.is_grad_enabled():
 
         def forward(x, weight, bias, residual, *activation):
             return definition.normalize(x, mean, var, weight, bias, residual, eps, *activation)
 
-        dx, *others = _differentiable_gradients(ctx, dy, (x_needed, *others_needed), forward)
-        return dx, None, None, *others, *(None,) * 3
-    weight_needed, bias_needed, residual_needed = others_needed
+        dx, *others = _differentiable_gradients(ctx, dy, needed, forward)
+        return dx, None, None, *others
     backward = eager.kernel("backward_fused", x, dy) or torch.ops.leannorm.backward_fused
     dx, dweight, dbias, dresidual = backward(
-        dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters, residual_needed and activation != ""
+        dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters, needed[3] and activation != ""
     )
-    return (
-        dx if x_needed else None,
-        None,
-        None,
-        dweight.to(weight.dtype) if weight_needed else None,
-        dbias.to(bias.dtype) if bias_needed else None,
-        (dresidual if activation else dy) if residual_needed else None,
-        *(None,) * 3,
-    )
+    dx, *others = _wanted(needed, (dx, dweight, dbias, dresidual if activation else dy), weight, bias)
+    return dx, None, None, *others
 
 
-torch.library.register_autograd("leannorm::normalize", _normalize_backward, setup_context=_setup_normalize, lib=library)
-
-
-_normalize = eager.differentiable("Normalize", _setup_normalize, _normalize_backward)
+_normalize = eager.differentiable("normalize", _setup_normalize, _normalize_backward, tensors=6)
 
 
 def normalize(kernel: Callable[..., Tensor], x: Tensor, *others) -> Tensor:
     """Call the operator of this name by a kernel that `eager.kernel` gave, with its derivative."""
-    return _normalize(x, *others, kernel) if torch.is_grad_enabled() else kernel(x, *others)
+    return _normalize(kernel, x, *others)[0] if torch.is_grad_enabled() else kernel(x, *others)
 
 
 def _refuse(name: str) -> None:

@@ -126,12 +126,11 @@ def convolution(
     return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx, inputs, outputs):
     x, weight, _, gamma, beta, residual, stride, padding, dilation, groups, *places, eps, activation, parameters = (
         inputs
     )
-    y, mean, var, sample, kept = output
-    ctx.mark_non_differentiable(mean, var, sample, kept)
+    y, mean, var, sample, kept = outputs
     ctx.set_materialize_grads(False)
     at = (y if takes_output(activation) else kept) if activation else None
     draw, boxes, weights = places
@@ -141,14 +140,11 @@ def _setup_context(ctx, inputs, output):
     ctx.has_residual = residual is not None
 
 
-def _backward(ctx, dy, *_):
-    if dy is None:
-        return (None,) * 16
+def _backward(ctx, dy, needed):
     x, weight, gamma, beta, at, mean, var, sample, draw = ctx.saved_tensors
     boxes, weights, eps, activation, parameters = ctx.rest
-    needed = ctx.needs_input_grad[:6]
     if torch.is_grad_enabled():
-        return _differentiable_backward(ctx, dy)
+        return _differentiable_backward(ctx, dy, needed)
     backward = eager.kernel("conv_batch_norm_backward", x, dy) or torch.ops.leannorm.conv_batch_norm_backward
     dx, dweight, dgamma, dbeta, dresidual = backward(
         dy, x, weight, gamma, at, mean, var, sample, *ctx.convolution, draw, boxes, weights, eps, activation,
@@ -161,11 +157,10 @@ def _backward(ctx, dy, *_):
         dgamma.to(gamma.dtype) if needed[3] else None,
         dbeta.to(beta.dtype) if needed[4] else None,
         (dresidual if activation else dy) if needed[5] else None,
-        *(None,) * 10,
     )
 
 
-def _differentiable_backward(ctx, dy):
+def _differentiable_backward(ctx, dy, wanted):
     """Differentiate the two operators one after the other, so that the gradient has a gradient."""
     x, weight, gamma, beta, at, _, _, _, draw = ctx.saved_tensors
     boxes, weights, eps, activation, parameters = ctx.rest
@@ -181,22 +176,19 @@ def _differentiable_backward(ctx, dy):
     u = convolution(x, weight.to(x.dtype), None, *ctx.convolution)
     y, _, _ = definition.batch_norm(u, gamma, beta, None, draw, boxes, weights, eps, activation, parameters)
     inputs = [x, weight, None, gamma, beta, None]
-    needed = [i for i in range(6) if ctx.needs_input_grad[i] and inputs[i] is not None]
+    needed = [i for i in range(6) if wanted[i] and inputs[i] is not None]
     found = torch.autograd.grad(y, [inputs[i] for i in needed], dy, create_graph=True)
-    gradients: list[Tensor | None] = [None] * 16
+    gradients: list[Tensor | None] = [None] * 6
     for i, gradient in zip(needed, found, strict=True):
         gradients[i] = gradient
-    if ctx.needs_input_grad[2]:
+    if wanted[2]:
         gradients[2] = weight.new_zeros(weight.shape[0])
-    if ctx.needs_input_grad[5]:
+    if wanted[5]:
         gradients[5] = dy
     return tuple(gradients)
 
 
-torch.library.register_autograd("leannorm::conv_batch_norm", _backward, setup_context=_setup_context, lib=library)
-
-
-_conv_batch_norm = eager.differentiable("ConvBatchNorm", _setup_context, _backward)
+_conv_batch_norm = eager.differentiable("conv_batch_norm", _setup_context, _backward, tensors=6)
 
 
 def conv_batch_norm(x: Tensor, *others) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,7 +197,7 @@ def conv_batch_norm(x: Tensor, *others) -> tuple[Tensor, Tensor, Tensor]:
     if kernel is None:
         y, mean, var, *_ = torch.ops.leannorm.conv_batch_norm(x, *others)
     else:
-        y, mean, var, *_ = _conv_batch_norm(x, *others, kernel)
+        y, mean, var, *_ = _conv_batch_norm(kernel, x, *others)
     return y, mean, var
 
 

@@ -36,24 +36,55 @@ def provide(name: str, function: Callable[..., Any], device: str) -> None:
     _kernels[name, device] = function
 
 
-def differentiable(name: str, setup_context: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a function that takes an operator's inputs and then its kernel, and has this derivative.
+def differentiable(
+    name: str, setup_context: Callable[..., Any], backward: Callable[..., Any], tensors: int
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Give an operator its derivative with respect to its first ``tensors`` inputs, of its first output.
 
-    What `torch.library.register_autograd` makes of the same two functions is slower. ``name`` is the one in profiles.
+    Returns:
+        a function of a kernel and the operator's inputs that gives what the kernel gives, with that derivative: what
+        eager mode calls, since what `torch.library.register_autograd` makes of the same two functions costs more.
     """
+    others = len(getattr(torch.ops.leannorm, name).default._schema.arguments) - tensors
 
-    def forward(ctx, *inputs_and_kernel):
-        *inputs, kernel = inputs_and_kernel
-        output = kernel(*inputs)
-        setup_context(ctx, inputs, output)
-        return output
+    def setup(ctx, inputs, output):
+        outputs = output if isinstance(output, tuple) else (output,)
+        ctx.mark_non_differentiable(*outputs[1:])
+        setup_context(ctx, inputs, outputs)
 
-    def with_kernel(ctx, *gradients):
-        return *backward(ctx, *gradients), None
+    def backward_of_all(ctx, dy, *_):
+        gradients = (None,) * tensors if dy is None else backward(ctx, dy, ctx.needs_input_grad[:tensors])
+        return *gradients, *(None,) * others
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(with_kernel)}
-    function: Any = types.new_class(name, (torch.autograd.Function,), exec_body=lambda body: body.update(members))
-    return function.apply
+    torch.library.register_autograd(f"leannorm::{name}", backward_of_all, setup_context=setup, lib=library)
+
+    def forward_eagerly(ctx, kernel, others, constants, *inputs):
+        output = kernel(*inputs, *others)
+        outputs = output if isinstance(output, tuple) else (output,)
+        setup_context(ctx, (*inputs, *others), outputs)
+        constants += outputs[1:]
+        return outputs[0]
+
+    def backward_eagerly(ctx, dy):
+        gradients = (None,) * tensors if dy is None else backward(ctx, dy, ctx.needs_input_grad[3:])
+        return None, None, None, *gradients
+
+    members = {"forward": staticmethod(forward_eagerly), "backward": staticmethod(backward_eagerly)}
+    title = name.title().replace("_", "")  # the one in profiles
+    base: Any = torch.autograd.Function
+    function: Any = types.new_class(title, (base,), exec_body=lambda body: body.update(members))
+    # Function.apply asks for transforms, as `kernel` does before, and unwraps tensors that have left one.
+    apply_to_plain = super(base, function).apply
+
+    def call(kernel, *inputs):
+        constants: list[Tensor] = []
+        apply = apply_to_plain
+        for x in inputs[:tensors]:
+            if x is not None and not torch._C._has_storage(x):
+                apply = function.apply
+        return apply(kernel, inputs[tensors:], constants, *inputs[:tensors]), *constants
+
+    return call
 
 
 def kernel(name: str, x: Tensor, dy: Tensor | None = None) -> Callable[..., Any] | None:
@@ -67,4 +98,4 @@ def kernel(name: str, x: Tensor, dy: Tensor | None = None) -> Callable[..., Any]
             return None
     if forward_ad._current_level >= 0 or (dy is not None and not torch._C._has_storage(dy)):
         return None
-    return _kernels.get((name, x.device.type))
+    return _kernels.get((name, "cpu" if x.is_cpu else x.device.type))  # to ask for the device is slow

@@ -9,7 +9,7 @@ import importlib
 import os
 from collections.abc import Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.autograd.graph import increment_version
 from torch.utils.dlpack import from_dlpack
 
 from leannorm.backends import aten
-from leannorm.backends.memory import in_order_of, is_channels_last
+from leannorm.backends.memory import is_channels_last
 from leannorm.ops import eager
 from leannorm.ops.contract import takes_output
 
@@ -66,34 +66,43 @@ def _takes_order(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return 0 not in shape and order is not None
 
 
+class _Work(NamedTuple):
+    """What calls on tensors of one shape and memory order share: the kernels' plan, and how results lie in memory."""
+
+    plan: Any
+    strides: tuple[int, ...]
+    sign_bytes: int
+
+
 @lru_cache(maxsize=4096)
-def _plan(
+def _work(
     shape: Sequence[int], strides: Sequence[int], boxes: Sequence[int], weights: Sequence[float], drawn: bool
-) -> Any:
-    """Make the kernels' plan for tensors of this shape and these strides, or None where they have none."""
+) -> _Work | None:
+    strides = _strides_like(shape, strides)
     order = is_channels_last(torch.empty_strided(shape, strides, device="meta"))
     if order is None or 0 in shape:
         return None
-    return _kernels.Plan(order, shape[1], [shape[0], *shape[2:]], list(boxes), list(weights), drawn)
+    plan = _kernels.Plan(order, shape[1], [shape[0], *shape[2:]], list(boxes), list(weights), drawn)
+    return _Work(plan, tuple(strides), plan.sign_bytes())
 
 
-def _plan_for(x: Tensor, like: Tensor, draw: Tensor | None, boxes: Sequence[int], weights: Sequence[float]) -> Any:
+def _work_on(x: Tensor, draw: Tensor | None, boxes: Sequence[int], weights: Sequence[float]) -> _Work | None:
+    """Give what the kernels know of this input, or None where they do not take it."""
     if x.dtype not in _DTYPES or type(x) not in _PLAIN:
         return None
-    return _plan(like.shape, like.stride(), tuple(boxes), tuple(weights), draw is not None)
+    return _work(x.shape, x.stride(), tuple(boxes), tuple(weights), draw is not None)
 
 
-def _empty_like(x: Tensor) -> Tensor:
+def _empty_like(x: Tensor, strides: Sequence[int]) -> Tensor:
     """Give `torch.empty_like`, for large tensors in memory that is kept; see `leannorm.empty_cache`."""
-    if not _keeps or x.dtype not in _DTYPES or x.nbytes < _LEAST_KEPT:
+    if x.nbytes < _LEAST_KEPT or not _keeps or x.dtype not in _DTYPES:
         return torch.empty_like(x)
     try:
-        return from_dlpack(_kernels.kept_tensor(_DTYPES[x.dtype], x.shape, _strides_like(x.shape, x.stride())))
+        return from_dlpack(_kernels.kept_tensor(_DTYPES[x.dtype], x.shape, strides))
     except MemoryError:
         return torch.empty_like(x)  # whose error says how much there was to be
 
 
-@lru_cache(maxsize=4096)
 def _strides_like(shape: Sequence[int], strides: Sequence[int]) -> Sequence[int]:
     return torch.empty_like(torch.empty_strided(shape, strides, device="meta")).stride()
 
@@ -122,8 +131,10 @@ def _per_channel(tensor: Tensor | None) -> Tensor | None:
     return tensor.to(torch.float32).contiguous()
 
 
-def _maybe_like(x: Tensor, other: Tensor | None) -> Tensor | None:
-    return None if other is None else in_order_of(x, other)
+def _in_order(tensor: Tensor, work: _Work) -> Tensor:
+    if tensor.stride() == work.strides:
+        return tensor
+    return torch.empty_strided(tensor.shape, work.strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def _activation(kind: str, parameters: Sequence[float]) -> tuple[int, float, float]:
@@ -132,32 +143,33 @@ def _activation(kind: str, parameters: Sequence[float]) -> tuple[int, float, flo
 
 
 def _batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters, with_signs=False):
-    y = _empty_like(x)
-    plan = _plan_for(x, y, draw, boxes, weights)
-    if plan is None:
+    work = _work_on(x, draw, boxes, weights)
+    if work is None:
         return aten.batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters)
-    mean, var = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
-    sign_bytes = plan.sign_bytes() if with_signs else 0
-    signs = x.new_empty(sign_bytes, dtype=torch.uint8) if sign_bytes else None
-    _forward(plan.batch_norm, x, y, mean, var, weight, bias, residual, signs, draw, eps, activation, parameters)
+    y = _empty_like(x, work.strides)
+    mean, var = x.new_empty(x.shape[1], dtype=torch.float32), x.new_empty(x.shape[1], dtype=torch.float32)
+    signs = x.new_empty(work.sign_bytes, dtype=torch.uint8) if with_signs and work.sign_bytes else None
+    operator = work.plan.batch_norm
+    _forward(operator, work, x, y, mean, var, weight, bias, residual, signs, draw, eps, activation, parameters)
     return (y, mean, var) if signs is None else (y, mean, var, signs)
 
 
 def _normalize(x, mean, var, weight, bias, residual, eps, activation, parameters):
-    y = _empty_like(x)
-    plan = _plan_for(x, y, None, (), ())
-    if plan is None:
+    work = _work_on(x, None, (), ())
+    if work is None:
         return aten.kernels["normalize"](x, mean, var, weight, bias, residual, eps, activation, parameters)
+    y, operator = _empty_like(x, work.strides), work.plan.normalize
     mean, var = _per_channel(mean), _per_channel(var)
-    _forward(plan.normalize, x, y, mean, var, weight, bias, residual, None, None, eps, activation, parameters)
+    _forward(operator, work, x, y, mean, var, weight, bias, residual, None, None, eps, activation, parameters)
     return y
 
 
-def _forward(operator, x, y, mean, var, weight, bias, residual, signs, draw, eps, activation, parameters):
-    x, residual, weight, bias = in_order_of(y, x), _maybe_like(y, residual), _per_channel(weight), _per_channel(bias)
+def _forward(operator, work, x, y, mean, var, weight, bias, residual, signs, draw, eps, activation, parameters):
+    x, residual = _in_order(x, work), None if residual is None else _in_order(residual, work)
+    weight, bias = _per_channel(weight), _per_channel(bias)
     operator(
-        _DTYPES[x.dtype], _address(x), _address(residual), _address(y), _address(signs), _address(weight),
-        _address(bias), _address(mean), _address(var), _address(draw), eps, *_activation(activation, parameters),
+        _DTYPES[x.dtype], x.data_ptr(), _address(residual), y.data_ptr(), _address(signs), _address(weight),
+        _address(bias), mean.data_ptr(), var.data_ptr(), _address(draw), eps, *_activation(activation, parameters),
     )  # fmt: skip
 
 
@@ -178,29 +190,27 @@ def _batch_norm_backward(
     weights,
     residual_gradient,
 ):
-    dx = _empty_like(x)
-    plan = _plan_for(x, dx, draw, boxes, weights)
-    if plan is None or _lacks_output(residual, y, activation):
+    work = _work_on(x, draw, boxes, weights)
+    if work is None or _lacks_output(residual, y, activation):
         return aten.batch_norm_backward(
             dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters, draw, boxes, weights,
             residual_gradient,
         )  # fmt: skip
     return _backward(
-        plan.batch_norm_backward, dy, x, dx, mean, var, weight, bias, residual, y, draw, eps, activation, parameters,
-        residual_gradient,
+        work.plan.batch_norm_backward, work, dy, x, mean, var, weight, bias, residual, y, draw, eps, activation,
+        parameters, residual_gradient,
     )  # fmt: skip
 
 
 def _backward_fused(dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters, residual_gradient):
-    dx = _empty_like(x)
-    plan = _plan_for(x, dx, None, (), ())
-    if plan is None or _lacks_output(residual, y, activation):
+    work = _work_on(x, None, (), ())
+    if work is None or _lacks_output(residual, y, activation):
         return aten.kernels["backward_fused"](
             dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters, residual_gradient
         )
     mean, var = _per_channel(mean), _per_channel(var)
     return _backward(
-        plan.backward_fused, dy, x, dx, mean, var, weight, bias, residual, y, None, eps, activation, parameters,
+        work.plan.backward_fused, work, dy, x, mean, var, weight, bias, residual, y, None, eps, activation, parameters,
         residual_gradient,
     )  # fmt: skip
 
@@ -210,32 +220,42 @@ def _lacks_output(residual: Tensor | None, y: Tensor | None, activation: str) ->
 
 
 def _backward(
-    operator, dy, x, dx, mean, var, weight, bias, residual, y, draw, eps, activation, parameters, residual_gradient
+    operator, work, dy, x, mean, var, weight, bias, residual, y, draw, eps, activation, parameters, residual_gradient
 ):
     signs = y if y is not None and y.dtype is torch.uint8 else None
-    y = None if signs is not None else _maybe_like(dx, y)
-    x, dy, residual = in_order_of(dx, x), in_order_of(dx, dy), _maybe_like(dx, residual)
+    y = None if y is None or signs is not None else _in_order(y, work)
+    x, dy, residual = _in_order(x, work), _in_order(dy, work), None if residual is None else _in_order(residual, work)
     weight, bias = _per_channel(weight), _per_channel(bias)
-    dresidual = _empty_like(dx) if residual_gradient else None
+    dx = _empty_like(x, work.strides)
+    dresidual = _empty_like(x, work.strides) if residual_gradient else None
     sum_g_xhat, sum_g = torch.empty_like(mean), torch.empty_like(mean)
     operator(
-        _DTYPES[x.dtype], _address(dy), _address(x), _address(residual), _address(y), _address(signs), _address(dx),
-        _address(dresidual), _address(weight), _address(bias), _address(mean), _address(var), _address(sum_g_xhat),
-        _address(sum_g), _address(draw), eps, *_activation(activation, parameters),
+        _DTYPES[x.dtype], dy.data_ptr(), x.data_ptr(), _address(residual), _address(y), _address(signs), dx.data_ptr(),
+        _address(dresidual), _address(weight), _address(bias), mean.data_ptr(), var.data_ptr(), sum_g_xhat.data_ptr(),
+        sum_g.data_ptr(), _address(draw), eps, *_activation(activation, parameters),
     )  # fmt: skip
     return dx, sum_g_xhat, sum_g, x.new_empty(0) if dresidual is None else dresidual
 
 
-def _track(running_mean, running_var, mean, var, unbiased, factor, between_steps, guarded) -> bool:
-    """Move running statistics; False, and nothing done, where the kernel does not take them."""
-    tensors = running_mean, running_var, mean, var
-    for t in tensors:
-        if type(t) not in _PLAIN or t.dtype is not torch.float32 or not t.is_cpu:
+def _track(running_mean, running_var, batches, mean, var, unbiased, factor, between_steps, guarded) -> bool:
+    """Move running statistics and count a batch, where ``batches`` is given; False, and nothing done, where the kernel
+    does not take the tensors."""
+    shape = mean.shape
+    for t in (mean, var, running_mean, running_var):
+        if t.dtype is not torch.float32 or t.shape != shape or not t.is_cpu or not t.is_contiguous():
             return False
-        if t.shape != mean.shape or not t.is_contiguous():
+        if type(t) not in _PLAIN:
             return False
-    _kernels.track(*map(Tensor.data_ptr, tensors), mean.numel(), unbiased, factor, between_steps, guarded)
-    increment_version((running_mean, running_var))
+    moved = (running_mean, running_var)
+    if batches is not None:
+        if type(batches) not in _PLAIN or batches.dtype is not torch.int64 or not batches.is_cpu:
+            return False
+        moved = (running_mean, running_var, batches)
+    _kernels.track(
+        running_mean.data_ptr(), running_var.data_ptr(), _address(batches), mean.data_ptr(), var.data_ptr(),
+        mean.numel(), unbiased, factor, between_steps, guarded,
+    )  # fmt: skip
+    increment_version(moved)
     return True
 
 

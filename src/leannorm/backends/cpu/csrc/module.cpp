@@ -119,11 +119,11 @@ NB_MODULE(_kernels, m) {
         return leannorm::kept_tensor(static_cast<leannorm::Dtype>(dtype), std::move(shape), std::move(strides));
       },
       "dtype"_a, "shape"_a, "strides"_a);
-  m.def("track", [](uintptr_t running_mean, uintptr_t running_var, uintptr_t mean, uintptr_t var, int64_t channels,
-                    float unbiased, float factor, bool between_steps, bool guarded) {
+  m.def("track", [](uintptr_t running_mean, uintptr_t running_var, uintptr_t batches, uintptr_t mean, uintptr_t var,
+                    int64_t channels, float unbiased, float factor, bool between_steps, bool guarded) {
     using leannorm::pointer;
-    leannorm::track({pointer<float>(running_mean), pointer<float>(running_var)}, pointer<float>(mean),
-                    pointer<float>(var), channels, unbiased, factor, between_steps, guarded);
+    leannorm::track({pointer<float>(running_mean), pointer<float>(running_var), pointer<int64_t>(batches)},
+                    pointer<float>(mean), pointer<float>(var), channels, unbiased, factor, between_steps, guarded);
   });
   m.def("idle_bytes", [] { return leannorm::pool().idle_bytes(); });
   m.def("release", [] { leannorm::pool().release(); });

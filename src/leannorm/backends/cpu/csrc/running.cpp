@@ -9,6 +9,7 @@ void track(const Running& running, const float* mean, const float* var, int64_t 
   const auto lerp = [factor](float from, float to) {
     return factor < 0.5f ? from + factor * (to - from) : to - (to - from) * (1 - factor);
   };
+  if (running.batches) ++*running.batches;
   for (int64_t c = 0; c < channels; ++c) {
     const float shift = mean[c] - running.mean[c];
     const float spread = var[c] * unbiased + (between_steps ? (1 - factor) * (shift * shift) : 0.0f);
