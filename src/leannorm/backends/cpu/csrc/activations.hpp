@@ -33,18 +33,18 @@ struct Identity {
   static constexpr bool kTakesOutput = true;
   explicit Identity(const Activation&) {}
   Vec operator()(Vec z) const { return z; }
+  Where is_one(Vec) const { return everywhere(); }
+  Vec backward_where(Vec dy, Where) const { return dy; }
   Vec backward(Vec dy, Vec) const { return dy; }
-  Int is_one(Vec) const { return ~Int{}; }
-  Vec backward_where(Vec dy, Int) const { return dy; }
 };
 
 struct Relu {
   static constexpr bool kTakesOutput = true;
   explicit Relu(const Activation&) {}
   Vec operator()(Vec z) const { return at_least(0.0f, z); }
-  Vec backward(Vec dy, Vec at) const { return at <= 0.0f ? Vec{} : dy; }
-  Int is_one(Vec at) const { return ~(at <= 0.0f); }
-  Vec backward_where(Vec dy, Int one) const { return one ? dy : Vec{}; }
+  Where is_one(Vec at) const { return except(where_at_most(at, Vec{})); }
+  Vec backward_where(Vec dy, Where one) const { return choose(one, dy, Vec{}); }
+  Vec backward(Vec dy, Vec at) const { return backward_where(dy, is_one(at)); }
 };
 
 struct Clamp {
@@ -55,12 +55,9 @@ struct Clamp {
     z = z < low ? low : z;
     return z > high ? high : z;
   }
-  Vec backward(Vec dy, Vec at) const {
-    const Vec g = at <= low ? Vec{} : dy;
-    return at >= high ? Vec{} : g;
-  }
-  Int is_one(Vec at) const { return ~((at <= low) | (at >= high)); }
-  Vec backward_where(Vec dy, Int one) const { return one ? dy : Vec{}; }
+  Where is_one(Vec at) const { return except(where_at_most(at, low) | where_at_least(at, high)); }
+  Vec backward_where(Vec dy, Where one) const { return choose(one, dy, Vec{}); }
+  Vec backward(Vec dy, Vec at) const { return backward_where(dy, is_one(at)); }
 };
 
 struct LeakyRelu {
@@ -68,9 +65,9 @@ struct LeakyRelu {
   Vec slope;
   explicit LeakyRelu(const Activation& a) : slope(broadcast(a.first)) {}
   Vec operator()(Vec z) const { return z > 0.0f ? z : z * slope; }
-  Vec backward(Vec dy, Vec at) const { return at > 0.0f ? dy : dy * slope; }
-  Int is_one(Vec at) const { return at > 0.0f; }
-  Vec backward_where(Vec dy, Int one) const { return one ? dy : dy * slope; }
+  Where is_one(Vec at) const { return where_above(at, Vec{}); }
+  Vec backward_where(Vec dy, Where one) const { return choose(one, dy, dy * slope); }
+  Vec backward(Vec dy, Vec at) const { return backward_where(dy, is_one(at)); }
 };
 
 struct Hardswish {

@@ -75,9 +75,12 @@ struct Prefetch {
   void operator()(const Scalar* p) const { __builtin_prefetch(p + distance, 0, 2); }
 };
 
+// Inlined into the loops over planes: a call for each small plane would cost as much as its work.
+//
 // Forward: `rows` stretches of n elements, `width` apart.
 
 template <class T, bool kResidual, class Act, class Value, class Rows>
+inline __attribute__((always_inline))
 void forward(const Tensors& t, const Act& act, const Point<Value>& point, int64_t offset, int64_t n, Rows rows) {
   const auto *x = at<T>(t.x, offset), *residual = at<T>(t.residual, offset);
   auto* y = at<T>(t.out, offset);
@@ -166,8 +169,9 @@ struct Gradient {
 };
 
 template <class T, Backward kMode, Extra kExtra, class Act, class Value, class Accumulator, class Rows>
-void backward(const Tensors& t, const Act& act, const Point<Value>& point, int64_t offset, int64_t n, Rows rows,
-              Accumulator& sums, float weight = 1.0f) {
+inline __attribute__((always_inline))
+void backward_inline(const Tensors& t, const Act& act, const Point<Value>& point, int64_t offset, int64_t n, Rows rows,
+                     Accumulator& sums, float weight = 1.0f) {
   const auto* x = at<T>(t.x, offset);
   const Gradient<T, kExtra, Act> gradient(t, act, offset);
   auto *dx = at<T>(t.out, offset), *dresidual = at<T>(t.dresidual, offset);
@@ -197,6 +201,12 @@ void backward(const Tensors& t, const Act& act, const Point<Value>& point, int64
     }
     if constexpr (kMode != Backward::exact) sums.add(i, sum, sum_centred);
   });
+}
+
+template <class T, Backward kMode, Extra kExtra, class Act, class Value, class Accumulator, class Rows>
+__attribute__((noinline)) void backward(const Tensors& t, const Act& act, const Point<Value>& point, int64_t offset,
+                                        int64_t n, Rows rows, Accumulator& sums, float weight = 1.0f) {
+  backward_inline<T, kMode, kExtra>(t, act, point, offset, n, rows, sums, weight);
 }
 
 template <class Body>
@@ -251,7 +261,7 @@ void backward_planes(const Tensors& t, const Channels& channels, Backward mode, 
         for (int64_t first = 0; first < piece.length; first += kSumBlock) {
           const int64_t n = piece.length - first < kSumBlock ? piece.length - first : kSumBlock;
           PlaneSums sums;
-          backward<T, kMode, kExtra>(t, act, point, piece.offset + first, n, Constant<1>{}, sums);
+          backward_inline<T, kMode, kExtra>(t, act, point, piece.offset + first, n, Constant<1>{}, sums);
           if (kMode == Backward::exact) continue;
           totals.first[channel] += sum_of(sums.g);
           totals.second[channel] += sum_of(sums.g_centred);

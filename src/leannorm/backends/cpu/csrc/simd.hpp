@@ -30,29 +30,43 @@ inline Vec broadcast(float value) { return Vec{} + value; }
 inline Bits bits_of(Vec v) { return (Bits)v; }
 inline Vec float_of(Bits b) { return (Vec)b; }
 
-// The lanes of a comparison as bits, the first lane in the lowest; and back.
-
-inline uint32_t bits_where(Int comparison) {
+// Some of the lanes, as a comparison tells them, and as bits, the first lane in the lowest.
 #if defined(__AVX512F__)
-  return _mm512_movepi32_mask((__m512i)comparison);
-#elif defined(__AVX__)
-  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)comparison));
+using Where = __mmask16;
+
+inline Where where_at_most(Vec v, Vec bound) { return _mm512_cmp_ps_mask((__m512)v, (__m512)bound, _CMP_LE_OQ); }
+inline Where where_at_least(Vec v, Vec bound) { return _mm512_cmp_ps_mask((__m512)v, (__m512)bound, _CMP_GE_OQ); }
+inline Where where_above(Vec v, Vec bound) { return _mm512_cmp_ps_mask((__m512)v, (__m512)bound, _CMP_GT_OQ); }
+inline Vec choose(Where w, Vec a, Vec b) { return (Vec)_mm512_mask_mov_ps((__m512)b, w, (__m512)a); }
+inline uint32_t bits_where(Where w) { return w; }
+inline Where where_bits(uint32_t bits) { return static_cast<Where>(bits); }
+#else
+using Where = Int;
+
+inline Where where_at_most(Vec v, Vec bound) { return v <= bound; }
+inline Where where_at_least(Vec v, Vec bound) { return v >= bound; }
+inline Where where_above(Vec v, Vec bound) { return v > bound; }
+inline Vec choose(Where w, Vec a, Vec b) { return w ? a : b; }
+
+inline uint32_t bits_where(Where w) {
+#if defined(__AVX__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)w));
 #else
   uint32_t bits = 0;
-  for (int l = 0; l < kLanes; ++l) bits |= (comparison[l] & 1u) << l;
+  for (int l = 0; l < kLanes; ++l) bits |= (w[l] & 1u) << l;
   return bits;
 #endif
 }
 
-inline Int where_bits(uint32_t bits) {
-#if defined(__AVX512F__)
-  return (Int)_mm512_movm_epi32(static_cast<__mmask16>(bits));
-#else
+inline Where where_bits(uint32_t bits) {
   Int lane_bits{};
   for (int l = 0; l < kLanes; ++l) lane_bits[l] = 1 << l;  // a constant
   return ((Int{} + static_cast<int32_t>(bits)) & lane_bits) != 0;
-#endif
 }
+#endif
+
+inline Where everywhere() { return static_cast<Where>(~Where{}); }
+inline Where except(Where w) { return static_cast<Where>(~w); }
 
 inline float sum_of(Vec v) {
 #if defined(__AVX512F__)
@@ -88,7 +102,13 @@ struct Float32 {
 struct BFloat16 {
   using Scalar = uint16_t;
   using Packed = Half;
-  static Vec unpack(Packed p) { return float_of(__builtin_convertvector(p, Bits) << 16); }
+  static Vec unpack(Packed p) {
+#if defined(__AVX512F__)
+    return float_of((Bits)_mm512_cvtepu16_epi32((__m256i)p) << 16);  // GCC widens the halves one after the other
+#else
+    return float_of(__builtin_convertvector(p, Bits) << 16);
+#endif
+  }
   static Packed pack(Vec v) {
 #if defined(__AVX512BF16__)
     return (Half)_mm512_cvtneps_pbh((__m512)v);  // takes subnormal numbers for zero
