@@ -14,17 +14,18 @@ inline Vec exp(Vec x) {
   x = x < -104.0f ? broadcast(-104.0f) : x;
   x = x > 89.0f ? broadcast(89.0f) : x;
   const Vec magic = broadcast(0x1.8p23f);  // adding it rounds to an integer, which its last bits then hold
-  const Vec shifted = x * 1.44269504f + magic;
+  const Vec shifted = multiply_add(x, broadcast(1.44269504f), magic);
   const Int n = (Int)(bits_of(shifted) - bits_of(magic));
   const Vec rounded = shifted - magic;
-  const Vec r = (x - rounded * 0.693359375f) + rounded * 2.12194440e-4f;
+  Vec r = multiply_add(rounded, broadcast(-0.693359375f), x);
+  r = multiply_add(rounded, broadcast(2.12194440e-4f), r);
   Vec p = broadcast(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  p = multiply_add(p, r, 1.3981999507e-3f);
+  p = multiply_add(p, r, 8.3334519073e-3f);
+  p = multiply_add(p, r, 4.1665795894e-2f);
+  p = multiply_add(p, r, 1.6666665459e-1f);
+  p = multiply_add(p, r, 5.0000001201e-1f);
+  p = multiply_add(p, r * r, r) + 1.0f;
   const Int half = n >> 1;  // 2^n in two factors: either alone stays within the exponent's range
   return p * float_of((Bits)((half + 127) << 23)) * float_of((Bits)((n - half + 127) << 23));
 }
@@ -80,7 +81,7 @@ struct Hardswish {
     return z * gate * (1.0f / 6.0f);
   }
   Vec backward(Vec dy, Vec z) const {
-    const Vec inside = dy * (z * (1.0f / 3.0f) + 0.5f);
+    const Vec inside = dy * multiply_add(z, broadcast(1.0f / 3.0f), 0.5f);
     const Vec g = z >= 3.0f ? dy : inside;
     return z <= -3.0f ? Vec{} : g;
   }
@@ -103,8 +104,8 @@ struct NormalByTanh {
   static Density at(Vec z) {
     constexpr float kScale = 1.5957691216057308f, kCubic = 0.044715f;
     const Vec square = z * z;
-    const Density d = Logistic::at(kScale * (z + kCubic * square * z));
-    return {d.cdf, d.pdf * (kScale * (1.0f + 3.0f * kCubic * square))};
+    const Density d = Logistic::at(kScale * multiply_add(kCubic * square, z, z));
+    return {d.cdf, d.pdf * (kScale * multiply_add(square, broadcast(3.0f * kCubic), 1.0f))};
   }
 };
 
@@ -113,17 +114,17 @@ struct NormalByTanh {
 struct Normal {
   static Density at(Vec z) {
     const Vec a = z < 0.0f ? -z : z;
-    const Vec e = exp(-0.5f * z * z), t = 1.0f / (1.0f + 0.3f * a);
+    const Vec e = exp(-0.5f * z * z), t = 1.0f / multiply_add(a, broadcast(0.3f), 1.0f);
     Vec p = broadcast(-0.0124282017f);
-    p = p * t + 0.0729415566f;
-    p = p * t - 0.147245079f;
-    p = p * t + 0.0995882303f;
-    p = p * t - 0.0155382035f;
-    p = p * t + 0.0683877319f;
-    p = p * t + 0.0859196782f;
-    p = p * t + 0.109011613f;
-    p = p * t + 0.119680032f;
-    p = p * t + 0.119682692f;
+    p = multiply_add(p, t, 0.0729415566f);
+    p = multiply_add(p, t, -0.147245079f);
+    p = multiply_add(p, t, 0.0995882303f);
+    p = multiply_add(p, t, -0.0155382035f);
+    p = multiply_add(p, t, 0.0683877319f);
+    p = multiply_add(p, t, 0.0859196782f);
+    p = multiply_add(p, t, 0.109011613f);
+    p = multiply_add(p, t, 0.119680032f);
+    p = multiply_add(p, t, 0.119682692f);
     const Vec tail = e * p * t;
     return {z < 0.0f ? tail : 1.0f - tail, e * 0.398942280f};
   }
@@ -136,7 +137,7 @@ struct Gated {
   Vec operator()(Vec z) const { return z * Distribution::at(z).cdf; }
   Vec backward(Vec dy, Vec z) const {
     const Density d = Distribution::at(z);
-    return dy * (d.cdf + z * d.pdf);
+    return dy * multiply_add(z, d.pdf, d.cdf);
   }
 };
 

@@ -75,9 +75,8 @@ struct Prefetch {
   void operator()(const Scalar* p) const { __builtin_prefetch(p + distance, 0, 2); }
 };
 
-// Inlined into the loops over planes: a call for each small plane would cost as much as its work.
-//
-// Forward: `rows` stretches of n elements, `width` apart.
+// Forward and backward of `rows` stretches of n elements, one after the other in memory. Inlined: a call for each small
+// plane would cost as much as its work.
 
 template <class T, bool kResidual, class Act, class Value, class Rows>
 inline __attribute__((always_inline))
@@ -93,7 +92,7 @@ void forward(const Tensors& t, const Act& act, const Point<Value>& point, int64_
     for (int r = 0; r < rows.value; ++r) {
       const int64_t k = r * n + i;
       prefetch(x + k);
-      Vec z = (load<T>(x + k, lanes) - mean) * scale + bias;
+      Vec z = multiply_add(load<T>(x + k, lanes) - mean, scale, bias);
       if constexpr (kResidual) {
         prefetch(residual + k);
         z += load<T>(residual + k, lanes);
@@ -161,7 +160,7 @@ struct Gradient {
     else if constexpr (kExtra == Extra::tensor && Act::kTakesOutput)
       return act.backward(incoming, load<T>(extra + k, lanes));
     else {
-      Vec z = centred * scale + bias;
+      Vec z = multiply_add(centred, scale, bias);
       if constexpr (kExtra == Extra::tensor) z += load<T>(extra + k, lanes);
       return act.backward(incoming, z);
     }
@@ -170,8 +169,8 @@ struct Gradient {
 
 template <class T, Backward kMode, Extra kExtra, class Act, class Value, class Accumulator, class Rows>
 inline __attribute__((always_inline))
-void backward_inline(const Tensors& t, const Act& act, const Point<Value>& point, int64_t offset, int64_t n, Rows rows,
-                     Accumulator& sums, float weight = 1.0f) {
+void backward(const Tensors& t, const Act& act, const Point<Value>& point, int64_t offset, int64_t n, Rows rows,
+              Accumulator& sums, float weight = 1.0f) {
   const auto* x = at<T>(t.x, offset);
   const Gradient<T, kExtra, Act> gradient(t, act, offset);
   auto *dx = at<T>(t.out, offset), *dresidual = at<T>(t.dresidual, offset);
@@ -191,22 +190,17 @@ void backward_inline(const Tensors& t, const Act& act, const Point<Value>& point
       const Vec g = gradient(k, lanes, centred, scale, bias);
       if constexpr (kMode != Backward::exact) {
         sum += g;
-        sum_centred += g * centred;
+        sum_centred = multiply_add(g, centred, sum_centred);
       }
       if constexpr (kMode == Backward::reduce) continue;
-      Vec d = scale * g;
-      if constexpr (kMode == Backward::exact) d -= centre + slope * centred;
+      Vec d;
+      if constexpr (kMode == Backward::exact) d = multiply_add(scale, g, -multiply_add(slope, centred, centre));
+      else d = scale * g;
       put<T>(dx + k, d, around_caches, lanes);
       if (dresidual) put<T>(dresidual + k, g, around_caches, lanes);
     }
     if constexpr (kMode != Backward::exact) sums.add(i, sum, sum_centred);
   });
-}
-
-template <class T, Backward kMode, Extra kExtra, class Act, class Value, class Accumulator, class Rows>
-__attribute__((noinline)) void backward(const Tensors& t, const Act& act, const Point<Value>& point, int64_t offset,
-                                        int64_t n, Rows rows, Accumulator& sums, float weight = 1.0f) {
-  backward_inline<T, kMode, kExtra>(t, act, point, offset, n, rows, sums, weight);
 }
 
 template <class Body>
@@ -261,7 +255,7 @@ void backward_planes(const Tensors& t, const Channels& channels, Backward mode, 
         for (int64_t first = 0; first < piece.length; first += kSumBlock) {
           const int64_t n = piece.length - first < kSumBlock ? piece.length - first : kSumBlock;
           PlaneSums sums;
-          backward_inline<T, kMode, kExtra>(t, act, point, piece.offset + first, n, Constant<1>{}, sums);
+          backward<T, kMode, kExtra>(t, act, point, piece.offset + first, n, Constant<1>{}, sums);
           if (kMode == Backward::exact) continue;
           totals.first[channel] += sum_of(sums.g);
           totals.second[channel] += sum_of(sums.g_centred);

@@ -48,7 +48,8 @@ void moments_of_rows(int64_t rows, int64_t width, Prepare prepare, Row row, Weig
       each_vector(width, [&](int64_t i, auto lanes) {
         Vec added{};
 #pragma GCC unroll kRows
-        for (int k = 0; k < rows.value; ++k) added += (weight(r + k) * share) * load<T>(row(r + k) + i, lanes);
+        for (int k = 0; k < rows.value; ++k)
+          added = multiply_add(broadcast(weight(r + k) * share), load<T>(row(r + k) + i, lanes), added);
         store<Float32>(centre + i, lane(centre, i) + added, All{});
       });
     });
@@ -60,7 +61,7 @@ void moments_of_rows(int64_t rows, int64_t width, Prepare prepare, Row row, Weig
         for (int k = 0; k < rows.value; ++k) {
           const Vec centred = load<T>(row(r + k) + i, lanes) - middle, weighted = weight(r + k) * centred;
           added += weighted;
-          squares += weighted * centred;
+          squares = multiply_add(weighted, centred, squares);
         }
         store<Float32>(sum + i, added, All{});
         store<Float32>(square + i, squares, All{});
@@ -118,7 +119,7 @@ class MomentsOfElements {
     each_vector_in_slots(n, [&](int64_t i, auto lanes, int slot) {
       const Vec centred = keep_first(value(i, lanes) - centre, lanes);
       centred_sums.parts[slot] += centred;
-      squares.parts[slot] += centred * centred;
+      squares.parts[slot] = multiply_add(centred, centred, squares.parts[slot]);
     });
     const Merge merge(count_, static_cast<double>(n));
     merge(sum_, square_, centre, sum_of(centred_sums.total()), sum_of(squares.total()));

@@ -9,6 +9,8 @@
 
 #if defined(__AVX512F__) || defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace leannorm::LEANNORM_ISA {
@@ -29,6 +31,21 @@ using Half = uint16_t __attribute__((vector_size(2 * kLanes)));
 inline Vec broadcast(float value) { return Vec{} + value; }
 inline Bits bits_of(Vec v) { return (Bits)v; }
 inline Vec float_of(Bits b) { return (Vec)b; }
+
+// a b + c, rounded once where the machine can. The compiler is not left to do so by itself (-ffp-contract=off): it would
+// round the same expression now once and now twice, as the code around it allows.
+inline Vec multiply_add(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON)
+  return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+inline Vec multiply_add(Vec a, Vec b, float c) { return multiply_add(a, b, broadcast(c)); }
 
 // Some of the lanes, as a comparison tells them, and as bits, the first lane in the lowest.
 #if defined(__AVX512F__)
