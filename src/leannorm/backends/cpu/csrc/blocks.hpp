@@ -14,6 +14,19 @@ constexpr int64_t kColumns = 32;     // channels of planes whose sampled element
 
 constexpr int kRows = 4;  // taken together, so that per-channel values are read once for all
 
+constexpr int64_t kAhead = 8192;  // bytes that are asked for before they are wanted
+
+template <class T>
+constexpr int64_t elements_ahead(int64_t n, int64_t rows) {
+  constexpr int64_t kElements = kAhead / static_cast<int64_t>(sizeof(typename T::Scalar));
+  return rows * n < kElements ? kElements : rows * n;
+}
+
+template <class Scalar>
+void prefetch(const Scalar* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
 template <int kValue>
 struct Constant {
   static constexpr int value = kValue;
@@ -84,12 +97,12 @@ inline void clear(float* p, int64_t n) {
 }
 
 template <class T>
-const typename T::Scalar* at(const void* tensor, int64_t offset) {
+const typename T::Scalar* at(const void* tensor, int64_t offset = 0) {
   return tensor ? static_cast<const typename T::Scalar*>(tensor) + offset : nullptr;
 }
 
 template <class T>
-typename T::Scalar* at(void* tensor, int64_t offset) {
+typename T::Scalar* at(void* tensor, int64_t offset = 0) {
   return tensor ? static_cast<typename T::Scalar*>(tensor) + offset : nullptr;
 }
 

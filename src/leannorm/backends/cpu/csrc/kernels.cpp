@@ -8,8 +8,6 @@
 namespace leannorm::LEANNORM_ISA {
 namespace {
 
-constexpr int64_t kAhead = 8192;  // bytes
-
 // A channel's value for each lane: read from memory in channels-last, the same one in a plane.
 
 struct PerLane {
@@ -64,43 +62,49 @@ void put(typename T::Scalar* p, Vec v, bool, Some some) {
   store<T>(p, v, some);
 }
 
-// Asks for memory ahead of time: the hardware's prefetching ends at each page. Rows that are taken together ask for those
-// that come next.
-template <class Scalar>
-struct Prefetch {
-  int64_t distance;
-  Prefetch(int64_t n, int rows) : distance(rows * n) {
-    if (distance * static_cast<int64_t>(sizeof(Scalar)) < kAhead) distance = kAhead / sizeof(Scalar);
-  }
-  void operator()(const Scalar* p) const { __builtin_prefetch(p + distance, 0, 2); }
+// Rows of n elements that are taken together: where they begin, their weights, and what will be wanted a while later. It
+// is asked for ahead of time, since the hardware's prefetching ends at each page.
+
+struct Adjacent {
+  int64_t offset, n, ahead;
+  int64_t begin(int r) const { return offset + r * n; }
+  int64_t later(int r) const { return begin(r) + ahead; }
+  static float weight(int) { return 1.0f; }
 };
 
-// Forward and backward of `rows` stretches of n elements, one after the other in memory. Inlined: a call for each small
-// plane would cost as much as its work.
+struct Scattered {
+  const int64_t *offsets, *later_offsets;
+  const float* weights;
+  int64_t begin(int r) const { return offsets[r]; }
+  int64_t later(int r) const { return later_offsets[r]; }
+  float weight(int r) const { return weights[r]; }
+};
+
+// Forward and backward are inlined: a call for each small plane would cost as much as its work.
 
 template <class T, bool kResidual, class Act, class Value, class Rows>
 inline __attribute__((always_inline))
 void forward(const Tensors& t, const Act& act, const Point<Value>& point, int64_t offset, int64_t n, Rows rows) {
-  const auto *x = at<T>(t.x, offset), *residual = at<T>(t.residual, offset);
-  auto* y = at<T>(t.out, offset);
+  const auto *x = at<T>(t.x), *residual = at<T>(t.residual);
+  auto* y = at<T>(t.out);
   uint8_t* const signs = t.signs;
   const bool around_caches = t.stream;
-  const Prefetch<typename T::Scalar> prefetch(n, rows.value);
+  const Adjacent place{offset, n, elements_ahead<T>(n, rows.value)};
   each_vector(n, [&](int64_t i, auto lanes) {
     const Vec mean = point.mean(i), scale = point.scale(i), bias = point.bias(i);
 #pragma GCC unroll kRows
     for (int r = 0; r < rows.value; ++r) {
-      const int64_t k = r * n + i;
-      prefetch(x + k);
+      const int64_t k = place.begin(r) + i, later = place.later(r) + i;
+      prefetch(x + later);
       Vec z = multiply_add(load<T>(x + k, lanes) - mean, scale, bias);
       if constexpr (kResidual) {
-        prefetch(residual + k);
+        prefetch(residual + later);
         z += load<T>(residual + k, lanes);
       }
       const Vec value = act(z);
       put<T>(y + k, value, around_caches, lanes);
       if constexpr (kResidual && Act::kTakesOutput)
-        if (signs) store_bits(signs, offset + k, bits_where(act.is_one(T::unpack(T::pack(value)))), lanes);
+        if (signs) store_bits(signs, k, bits_where(act.is_one(T::unpack(T::pack(value)))), lanes);
     }
   });
 }
@@ -144,19 +148,19 @@ struct Gradient {
   const Act& act;
   const typename T::Scalar *dy, *extra;
   const uint8_t* signs;
-  int64_t offset;
 
-  Gradient(const Tensors& t, const Act& act, int64_t offset)
-      : act(act),
-        dy(at<T>(t.dy, offset)),
-        extra(at<T>(Act::kTakesOutput ? t.y : t.residual, offset)),
-        signs(t.signs),
-        offset(offset) {}
+  Gradient(const Tensors& t, const Act& act)
+      : act(act), dy(at<T>(t.dy)), extra(at<T>(Act::kTakesOutput ? t.y : t.residual)), signs(t.signs) {}
+
+  void ask_for(int64_t k) const {
+    prefetch(dy + k);
+    if constexpr (kExtra == Extra::tensor) prefetch(extra + k);
+  }
 
   template <class Lanes>
   Vec operator()(int64_t k, Lanes lanes, Vec centred, Vec scale, Vec bias) const {
     const Vec incoming = load<T>(dy + k, lanes);
-    if constexpr (kExtra == Extra::signs) return act.backward_where(incoming, where_bits(load_bits(signs, offset + k)));
+    if constexpr (kExtra == Extra::signs) return act.backward_where(incoming, where_bits(load_bits(signs, k)));
     else if constexpr (kExtra == Extra::tensor && Act::kTakesOutput)
       return act.backward(incoming, load<T>(extra + k, lanes));
     else {
@@ -167,25 +171,23 @@ struct Gradient {
   }
 };
 
-template <class T, Backward kMode, Extra kExtra, class Act, class Value, class Accumulator, class Rows>
+template <class T, Backward kMode, Extra kExtra, class Act, class Value, class Accumulator, class Place, class Rows>
 inline __attribute__((always_inline))
-void backward(const Tensors& t, const Act& act, const Point<Value>& point, int64_t offset, int64_t n, Rows rows,
-              Accumulator& sums, float weight = 1.0f) {
-  const auto* x = at<T>(t.x, offset);
-  const Gradient<T, kExtra, Act> gradient(t, act, offset);
-  auto *dx = at<T>(t.out, offset), *dresidual = at<T>(t.dresidual, offset);
+void backward(const Tensors& t, const Act& act, const Point<Value>& point, const Place& place, int64_t n, Rows rows,
+              Accumulator& sums) {
+  const auto* x = at<T>(t.x);
+  const Gradient<T, kExtra, Act> gradient(t, act);
+  auto *dx = at<T>(t.out), *dresidual = at<T>(t.dresidual);
   const bool around_caches = t.stream;
-  const Prefetch<typename T::Scalar> prefetch(n, rows.value);
   each_vector(n, [&](int64_t i, auto lanes) {
     const Vec mean = point.mean(i), scale = point.scale(i), bias = point.bias(i);
     Vec centre, slope, sum{}, sum_centred{};
-    if constexpr (kMode == Backward::exact) centre = weight * point.centre(i), slope = weight * point.slope(i);
+    if constexpr (kMode == Backward::exact) centre = point.centre(i), slope = point.slope(i);
 #pragma GCC unroll kRows
     for (int r = 0; r < rows.value; ++r) {
-      const int64_t k = r * n + i;
-      prefetch(x + k);
-      prefetch(gradient.dy + k);
-      if constexpr (kExtra == Extra::tensor) prefetch(gradient.extra + k);
+      const int64_t k = place.begin(r) + i, later = place.later(r) + i;
+      prefetch(x + later);
+      gradient.ask_for(later);
       const Vec centred = load<T>(x + k, lanes) - mean;
       const Vec g = gradient(k, lanes, centred, scale, bias);
       if constexpr (kMode != Backward::exact) {
@@ -194,7 +196,8 @@ void backward(const Tensors& t, const Act& act, const Point<Value>& point, int64
       }
       if constexpr (kMode == Backward::reduce) continue;
       Vec d;
-      if constexpr (kMode == Backward::exact) d = multiply_add(scale, g, -multiply_add(slope, centred, centre));
+      if constexpr (kMode == Backward::exact)
+        d = multiply_add(scale, g, -place.weight(r) * multiply_add(slope, centred, centre));
       else d = scale * g;
       put<T>(dx + k, d, around_caches, lanes);
       if (dresidual) put<T>(dresidual + k, g, around_caches, lanes);
@@ -236,7 +239,8 @@ void backward_rows(const Tensors& t, const Channels& channels, Backward mode, in
         if (kMode != Backward::exact) clear(scratch, 2 * part);
         const int64_t count = rows - first < kBlockRows ? rows - first : kBlockRows;
         each_rows(first, first + count, [&](int64_t r, auto block) {
-          backward<T, kMode, kExtra>(t, act, point, offset + r * width, width, block, sums);
+          const Adjacent place{offset + r * width, width, elements_ahead<T>(width, block.value)};
+          backward<T, kMode, kExtra>(t, act, point, place, width, block, sums);
         });
         if (kMode == Backward::exact) continue;
         for (int64_t i = 0; i < width; ++i) totals.first[i] += sums.g[i];
@@ -255,7 +259,8 @@ void backward_planes(const Tensors& t, const Channels& channels, Backward mode, 
         for (int64_t first = 0; first < piece.length; first += kSumBlock) {
           const int64_t n = piece.length - first < kSumBlock ? piece.length - first : kSumBlock;
           PlaneSums sums;
-          backward<T, kMode, kExtra>(t, act, point, piece.offset + first, n, Constant<1>{}, sums);
+          const Adjacent place{piece.offset + first, n, elements_ahead<T>(n, 1)};
+          backward<T, kMode, kExtra>(t, act, point, place, n, Constant<1>{}, sums);
           if (kMode == Backward::exact) continue;
           totals.first[channel] += sum_of(sums.g);
           totals.second[channel] += sum_of(sums.g_centred);
@@ -270,10 +275,13 @@ void backward_planes(const Tensors& t, const Channels& channels, Backward mode, 
 template <class T, Extra kExtra, class Act>
 void correct(const Tensors& t, const Act& act, const Channels& channels, int64_t width, Sampled sampled) {
   const auto point = point_of(channels);
+  const int64_t ahead = elements_ahead<T>(width, kRows) / width;
   LaneSums unused{};
-  for (int64_t s = 0; s < sampled.count; ++s)
-    backward<T, Backward::exact, kExtra>(t, act, point, sampled.offsets[s], width, Constant<1>{}, unused,
-                                         sampled.weights[s]);
+  each_rows(0, sampled.count, [&](int64_t s, auto rows) {
+    const int64_t last = sampled.count - rows.value, later = s + ahead < last ? s + ahead : last;
+    const Scattered place{sampled.offsets + s, sampled.offsets + later, sampled.weights + s};
+    backward<T, Backward::exact, kExtra>(t, act, point, place, width, rows, unused);
+  });
 }
 
 void correct_rows(const Tensors& t, const Channels& channels, int64_t width, Sampled sampled) {
@@ -318,9 +326,11 @@ void correct_runs(const Tensors& t, const Channels& channels, int64_t spatial, i
     PlaneSums unused;
     for (int64_t channel = begin; channel < end; ++channel) {
       const auto point = point_of(channels, channel);
-      for (int64_t r = 0; r < sampled.count; ++r)
-        backward<T, Backward::exact, kExtra>(t, act, point, channel * spatial + sampled.runs[r].offset,
-                                             sampled.runs[r].length, Constant<1>{}, unused);
+      for (int64_t r = 0; r < sampled.count; ++r) {
+        const auto [offset, length] = sampled.runs[r];
+        const Adjacent place{channel * spatial + offset, length, spatial};  // the next channel's is asked for
+        backward<T, Backward::exact, kExtra>(t, act, point, place, length, Constant<1>{}, unused);
+      }
     }
   });
 }

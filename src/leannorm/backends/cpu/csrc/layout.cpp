@@ -56,6 +56,11 @@ Tensors without_streaming(Tensors t) {
   return t;
 }
 
+Tensors without_dresidual(Tensors t) {
+  t.dresidual = nullptr;
+  return t;
+}
+
 void set_point(const Call& call, Range range, const float* mean, const float* var, ChannelBuffers& buffers) {
   for (int64_t c = range.begin; c < range.end; ++c) {
     buffers.mean[c] = mean[c];

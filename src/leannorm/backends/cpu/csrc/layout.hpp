@@ -91,6 +91,7 @@ int threads_for(const Layout&, const Places&);
 // Chooses whether to write around the caches, which takes stretches of this many elements to be whole cache lines.
 Tensors with_streaming(Tensors, const Layout&, int64_t stretch);
 Tensors without_streaming(Tensors);
+Tensors without_dresidual(Tensors);  // for the correction, which changes dx alone
 
 void set_point(const Call&, Range, const float* mean, const float* var, ChannelBuffers&);
 

@@ -28,9 +28,9 @@ class Merge {
   double inverse_count_, inverse_block_, block_, between_;
 };
 
-// Rows at row(r), with weight(r), in blocks [first, last) that prepare makes ready.
-template <class T, class Prepare, class Row, class Weight>
-void moments_of_rows(int64_t rows, int64_t width, Prepare prepare, Row row, Weight weight, Sums totals,
+// Rows at row(r), with weight(r), in blocks [first, last) that prepare makes ready; later(r) will be wanted a while later.
+template <class T, class Prepare, class Row, class Later, class Weight>
+void moments_of_rows(int64_t rows, int64_t width, Prepare prepare, Row row, Later later, Weight weight, Sums totals,
                      float* scratch) {
   const int64_t part = scratch_size(width) / 3;
   float *centre = scratch, *sum = scratch + part, *square = scratch + 2 * part;
@@ -48,8 +48,10 @@ void moments_of_rows(int64_t rows, int64_t width, Prepare prepare, Row row, Weig
       each_vector(width, [&](int64_t i, auto lanes) {
         Vec added{};
 #pragma GCC unroll kRows
-        for (int k = 0; k < rows.value; ++k)
+        for (int k = 0; k < rows.value; ++k) {
+          prefetch(later(r + k) + i);
           added = multiply_add(broadcast(weight(r + k) * share), load<T>(row(r + k) + i, lanes), added);
+        }
         store<Float32>(centre + i, lane(centre, i) + added, All{});
       });
     });
@@ -76,15 +78,18 @@ void moments_of_rows(int64_t rows, int64_t width, Prepare prepare, Row row, Weig
 void moments_rows(const Tensors& t, int64_t offset, int64_t rows, int64_t width, Sums totals, float* scratch) {
   with_dtype(t.dtype, [&]<class T>(T) {
     const auto row = [&](int64_t r) { return at<T>(t.x, offset + r * width); };
-    moments_of_rows<T>(rows, width, [](int64_t, int64_t) {}, row, [](int64_t) { return 1.0f; }, totals, scratch);
+    const auto later = [&](int64_t r) { return row(r) + elements_ahead<T>(width, kRows); };
+    moments_of_rows<T>(rows, width, [](int64_t, int64_t) {}, row, later, [](int64_t) { return 1.0f; }, totals, scratch);
   });
 }
 
 void moments_sampled_rows(const Tensors& t, int64_t width, Sampled sampled, Sums totals, float* scratch) {
   with_dtype(t.dtype, [&]<class T>(T) {
     const auto row = [&](int64_t r) { return at<T>(t.x, sampled.offsets[r]); };
+    const int64_t ahead = elements_ahead<T>(width, kRows) / width;
+    const auto later = [&](int64_t r) { return row(r + ahead < sampled.count ? r + ahead : sampled.count - 1); };
     const auto weight = [&](int64_t r) { return sampled.weights[r]; };
-    moments_of_rows<T>(sampled.count, width, [](int64_t, int64_t) {}, row, weight, totals, scratch);
+    moments_of_rows<T>(sampled.count, width, [](int64_t, int64_t) {}, row, later, weight, totals, scratch);
   });
 }
 
@@ -101,7 +106,7 @@ void moments_sampled_planes(const Tensors& t, int64_t spatial, int64_t begin, in
       };
       const auto row = [&](int64_t r) { return rows + (r - start) * width; };
       const Sums sums{totals.first + channel, totals.second + channel};
-      moments_of_rows<T>(sampled.count, width, prepare, row, weight, sums, scratch);
+      moments_of_rows<T>(sampled.count, width, prepare, row, row, weight, sums, scratch);
     });
   });
 }
@@ -132,9 +137,11 @@ class MomentsOfElements {
   double count_ = 0;
 };
 
-// Stretches of a channel, stretch(i): short ones side by side, so that a block is full.
+// Stretches of a channel, stretch(i): short ones side by side, so that a block is full. The next channel's, `spatial`
+// elements further, are asked for.
 template <class T, class Stretch>
-void moments_of_stretches(const typename T::Scalar* x, int64_t count, Stretch stretch, double& sum, double& square) {
+void moments_of_stretches(const typename T::Scalar* x, int64_t count, int64_t spatial, Stretch stretch, double& sum,
+                          double& square) {
   constexpr int64_t kShort = kBlock / 4;
   MomentsOfElements moments(sum, square);
   typename T::Scalar block[kBlock];
@@ -150,6 +157,8 @@ void moments_of_stretches(const typename T::Scalar* x, int64_t count, Stretch st
       continue;
     }
     if (filled + length > kBlock) add(block, filled), filled = 0;
+    prefetch(x + offset + spatial);
+    prefetch(x + offset + spatial + length - 1);
     std::memcpy(block + filled, x + offset, length * sizeof *block);
     filled += length;
   }
@@ -161,7 +170,8 @@ void moments_planes(const Tensors& t, const Geometry& geometry, Pieces pieces, S
     const int64_t count = pieces.end_unit - pieces.first_unit;
     for (int64_t channel = pieces.first_channel; channel < pieces.end_channel; ++channel) {
       const auto piece = [&](int64_t i) { return piece_of(geometry, channel, pieces.first_unit + i); };
-      moments_of_stretches<T>(at<T>(t.x, 0), count, piece, totals.first[channel], totals.second[channel]);
+      moments_of_stretches<T>(at<T>(t.x), count, geometry.spatial, piece, totals.first[channel],
+                              totals.second[channel]);
     }
   });
 }
@@ -170,7 +180,7 @@ void moments_of_runs(const Tensors& t, int64_t spatial, int64_t begin, int64_t e
   with_dtype(t.dtype, [&]<class T>(T) {
     const auto run = [&](int64_t i) { return sampled.runs[i]; };
     for (int64_t channel = begin; channel < end; ++channel)
-      moments_of_stretches<T>(at<T>(t.x, channel * spatial), sampled.count, run, totals.first[channel],
+      moments_of_stretches<T>(at<T>(t.x, channel * spatial), sampled.count, spatial, run, totals.first[channel],
                               totals.second[channel]);
   });
 }

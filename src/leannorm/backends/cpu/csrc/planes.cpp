@@ -136,7 +136,7 @@ void planes::batch_norm_backward(const Kernels& kernels, const Plan& plan, const
     team.each_range(1, [&](Range range) {
       finish_sums(call, parts, range, count, var, sum_g_xhat, sum_g, buffers);
     });
-    if (places) correct(kernels, without_streaming(t), team, channels, *places);
+    if (places) correct(kernels, without_dresidual(without_streaming(t)), team, channels, *places);
     else backward_pass(kernels, t, team, channels, Backward::exact, parts);
   });
 }
