@@ -4,6 +4,7 @@
 #include "activations.hpp"
 #include "moments.hpp"
 #include "simd.hpp"
+#include "stage.hpp"
 
 namespace leannorm::LEANNORM_ISA {
 namespace {
@@ -62,8 +63,8 @@ void put(typename T::Scalar* p, Vec v, bool, Some some) {
   store<T>(p, v, some);
 }
 
-// Rows of n elements that are taken together: where they begin, their weights, and what will be wanted a while later. It
-// is asked for ahead of time, since the hardware's prefetching ends at each page.
+// Rows of n elements that are taken together: where they begin, their weights, and what will be wanted a while later.
+// That is asked for ahead of time, since the hardware's prefetching ends at each page.
 
 struct Adjacent {
   int64_t offset, n, ahead;
@@ -109,6 +110,25 @@ void forward(const Tensors& t, const Act& act, const Point<Value>& point, int64_
   });
 }
 
+// Calls body(channel, offset, n, tensors) for planes, at most kMost elements at a time. Results that are to go around the
+// caches from planes of no whole cache lines are written to a stage in place of the tensor.
+template <class T, int64_t kMost, bool kWrites, class Body>
+inline __attribute__((always_inline))
+void each_part(const Tensors& t, const Geometry& geometry, Pieces pieces, Body body) {
+  static_assert(kMost <= Stage<T>::kMost);
+  const bool whole_lines = geometry.spatial % (geometry.pieces * Stage<T>::kLine) == 0;
+  const bool staged = kWrites && t.stream && !whole_lines;
+  Stage<T> out(t.out), dresidual(t.dresidual);
+  each_piece(geometry, pieces, [&](int64_t channel, Run piece) {
+    for (int64_t first = 0; first < piece.length; first += kMost) {
+      const int64_t n = piece.length - first < kMost ? piece.length - first : kMost, offset = piece.offset + first;
+      Tensors part = t;
+      if (staged) part.out = out.take(offset, n), part.dresidual = dresidual.take(offset, n), part.stream = false;
+      body(channel, offset, n, part);
+    }
+  });
+}
+
 // Calls body<T, kResidual>(activation).
 template <class Body>
 void with_forward(const Tensors& t, Body body) {
@@ -131,10 +151,10 @@ void forward_rows(const Tensors& t, const Channels& channels, int64_t offset, in
 
 void forward_planes(const Tensors& t, const Channels& channels, const Geometry& geometry, Pieces pieces) {
   with_forward(t, [&]<class T, bool kResidual>(auto act) {
-    each_piece(geometry, pieces, [&](int64_t channel, Run piece) {
-      const auto point = point_of(channels, channel);
-      forward<T, kResidual>(t, act, point, piece.offset, piece.length, Constant<1>{});
-    });
+    const auto body = [&](int64_t channel, int64_t offset, int64_t n, const Tensors& part) {
+      forward<T, kResidual>(part, act, point_of(channels, channel), offset, n, Constant<1>{});
+    };
+    each_part<T, Stage<T>::kMost, true>(t, geometry, pieces, body);
   });
 }
 
@@ -254,18 +274,15 @@ void backward_planes(const Tensors& t, const Channels& channels, Backward mode, 
                      Pieces pieces, Sums totals) {
   with_gradient(t, [&]<class T, Extra kExtra>(auto act) {
     with_mode(mode, [&]<Backward kMode>() {
-      each_piece(geometry, pieces, [&](int64_t channel, Run piece) {
-        const auto point = point_of(channels, channel);
-        for (int64_t first = 0; first < piece.length; first += kSumBlock) {
-          const int64_t n = piece.length - first < kSumBlock ? piece.length - first : kSumBlock;
-          PlaneSums sums;
-          const Adjacent place{piece.offset + first, n, elements_ahead<T>(n, 1)};
-          backward<T, kMode, kExtra>(t, act, point, place, n, Constant<1>{}, sums);
-          if (kMode == Backward::exact) continue;
-          totals.first[channel] += sum_of(sums.g);
-          totals.second[channel] += sum_of(sums.g_centred);
-        }
-      });
+      const auto body = [&](int64_t channel, int64_t offset, int64_t n, const Tensors& part) {
+        PlaneSums sums;
+        const Adjacent place{offset, n, elements_ahead<T>(n, 1)};
+        backward<T, kMode, kExtra>(part, act, point_of(channels, channel), place, n, Constant<1>{}, sums);
+        if (kMode == Backward::exact) return;
+        totals.first[channel] += sum_of(sums.g);
+        totals.second[channel] += sum_of(sums.g_centred);
+      };
+      each_part<T, kSumBlock, kMode != Backward::reduce>(t, geometry, pieces, body);
     });
   });
 }
@@ -312,7 +329,8 @@ void correct_planes(const Tensors& t, const Channels& channels, int64_t spatial,
         fetch(t.x, x);
         fetch(t.dy, dy);
         if constexpr (kExtra == Extra::tensor) fetch(Act::kTakesOutput ? t.y : t.residual, extra);
-        if constexpr (kExtra == Extra::signs) gather_bits(t.signs, plane, sampled.offsets + first, count, spatial, width, signs);
+        if constexpr (kExtra == Extra::signs)
+          gather_bits(t.signs, plane, sampled.offsets + first, count, spatial, width, signs);
         correct<T, kExtra>(rows, act, from(channels, channel), width, {starts, sampled.weights + first, count});
         scatter(at<T>(t.out, plane), sampled.offsets + first, count, spatial, width, dx);
       }

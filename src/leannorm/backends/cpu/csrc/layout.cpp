@@ -6,8 +6,7 @@
 namespace leannorm {
 namespace {
 
-constexpr int64_t kCacheBytes = 32 << 20;  // a call that touches more writes around the caches
-constexpr int64_t kLine = 64;              // bytes of a cache line
+constexpr int64_t kLine = 64;  // bytes of a cache line
 
 int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
@@ -41,12 +40,12 @@ int threads_for(const Layout& layout, const Places& places) {
   return places.size() * layout.channels < kSerial ? 1 : layout.threads;
 }
 
-Tensors with_streaming(Tensors t, const Layout& layout, int64_t stretch) {
+Tensors with_streaming(Tensors t, const Layout& layout, int64_t limit, int64_t width) {
   const int64_t bytes = size_of(t.dtype);
   const void* all[] = {t.x, t.dy, t.residual, t.y, t.out, t.dresidual};
   const int64_t streams = std::count_if(std::begin(all), std::end(all), [](const void* p) { return p != nullptr; });
   const auto starts_a_line = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % kLine == 0; };
-  t.stream = streams * layout.elements() * bytes > kCacheBytes && stretch * bytes % kLine == 0 &&
+  t.stream = streams * layout.elements() * bytes > limit && width * bytes % kLine == 0 &&
              starts_a_line(t.out) && starts_a_line(t.dresidual);
   return t;
 }

@@ -88,8 +88,9 @@ class Sample {
 // The threads for sampled elements alone.
 int threads_for(const Layout&, const Places&);
 
-// Chooses whether to write around the caches, which takes stretches of this many elements to be whole cache lines.
-Tensors with_streaming(Tensors, const Layout&, int64_t stretch);
+// Writes around the caches if the tensors have more bytes than `limit`. Rows of `width` elements are to be whole cache
+// lines for that; planes need not be.
+Tensors with_streaming(Tensors, const Layout&, int64_t limit, int64_t width = 0);
 Tensors without_streaming(Tensors);
 Tensors without_dresidual(Tensors);  // for the correction, which changes dx alone
 

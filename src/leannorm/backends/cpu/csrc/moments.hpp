@@ -28,7 +28,7 @@ class Merge {
   double inverse_count_, inverse_block_, block_, between_;
 };
 
-// Rows at row(r), with weight(r), in blocks [first, last) that prepare makes ready; later(r) will be wanted a while later.
+// Rows at row(r), with weight(r), in blocks [first, last) that prepare makes ready; later(r) will be wanted later.
 template <class T, class Prepare, class Row, class Later, class Weight>
 void moments_of_rows(int64_t rows, int64_t width, Prepare prepare, Row row, Later later, Weight weight, Sums totals,
                      float* scratch) {

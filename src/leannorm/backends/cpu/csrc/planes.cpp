@@ -11,9 +11,10 @@
 namespace leannorm {
 namespace {
 
-constexpr int64_t kPiece = 1 << 16;  // elements of a plane that are one unit of work
-constexpr int64_t kBlock = 1 << 18;  // elements of the channels that a thread takes together
-constexpr int64_t kLanes = 32;       // of the kernels' scratch
+constexpr int64_t kPiece = 1 << 16;        // elements of a plane that are one unit of work
+constexpr int64_t kBlock = 1 << 18;        // elements of the channels that a thread takes together
+constexpr int64_t kLanes = 32;             // of the kernels' scratch
+constexpr int64_t kCacheBytes = 16 << 20;  // larger calls write around the caches
 
 struct Planes : Layout {
   explicit Planes(const Plan& plan) : Layout(plan) { pieces = divide_up(spatial, kPiece); }
@@ -110,7 +111,7 @@ bool planes::begin_at_whole_bytes(const Plan& plan) { return Planes(plan).stretc
 void planes::batch_norm(const Kernels& kernels, const Plan& plan, const Call& call, float* mean, float* var) {
   const Planes layout(plan);
   const Sample places(plan, call.draw);
-  const Tensors t = with_streaming(call.tensors, layout, layout.stretch());
+  const Tensors t = with_streaming(call.tensors, layout, kCacheBytes);
   Partials parts = moments(layout, places);
   ChannelBuffers buffers(layout);
   const Channels channels = buffers.view();
@@ -125,7 +126,7 @@ void planes::batch_norm_backward(const Kernels& kernels, const Plan& plan, const
                                  const float* var, float* sum_g_xhat, float* sum_g) {
   const Planes layout(plan);
   const Sample places(plan, call.draw);
-  const Tensors t = with_streaming(call.tensors, layout, layout.stretch());
+  const Tensors t = with_streaming(call.tensors, layout, kCacheBytes);
   const double count = places ? places->count : static_cast<double>(layout.count());
   Partials parts(layout.parts(), layout.channels);
   ChannelBuffers buffers(layout);
@@ -144,7 +145,7 @@ void planes::batch_norm_backward(const Kernels& kernels, const Plan& plan, const
 void planes::normalize(const Kernels& kernels, const Plan& plan, const Call& call, const float* mean,
                        const float* var) {
   const Planes layout(plan);
-  const Tensors t = with_streaming(call.tensors, layout, layout.stretch());
+  const Tensors t = with_streaming(call.tensors, layout, kCacheBytes);
   ChannelBuffers buffers(layout);
   set_point(call, {0, layout.channels}, mean, var, buffers);
   const Channels channels = buffers.view();
@@ -160,7 +161,7 @@ void planes::normalize(const Kernels& kernels, const Plan& plan, const Call& cal
 void planes::backward_fused(const Kernels& kernels, const Plan& plan, const Call& call, const float* mean,
                             const float* var, float* sum_g_xhat, float* sum_g) {
   const Planes layout(plan);
-  const Tensors t = with_streaming(call.tensors, layout, layout.stretch());
+  const Tensors t = with_streaming(call.tensors, layout, kCacheBytes);
   const double count = static_cast<double>(layout.count());
   Partials parts(layout.parts(), layout.channels);
   ChannelBuffers buffers(layout);

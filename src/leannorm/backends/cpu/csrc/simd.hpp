@@ -32,8 +32,8 @@ inline Vec broadcast(float value) { return Vec{} + value; }
 inline Bits bits_of(Vec v) { return (Bits)v; }
 inline Vec float_of(Bits b) { return (Vec)b; }
 
-// a b + c, rounded once where the machine can. The compiler is not left to do so by itself (-ffp-contract=off): it would
-// round the same expression now once and now twice, as the code around it allows.
+// a b + c, rounded once where the machine can. The compiler is not left to do so by itself (-ffp-contract=off): as the
+// code around it allows, it would round the same expression now once and now twice.
 inline Vec multiply_add(Vec a, Vec b, Vec c) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
