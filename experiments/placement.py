@@ -13,8 +13,20 @@ RATES = {"cpu": (0.01, 0.1, 1.0, 3.0, 10.0), "full": (0.01, 0.1, 1.0, 3.0, 10.0)
 
 USUAL = "BN before the activation, gamma 1"
 CLAIMS = (
-    Claim("BN after the activation costs 1.5 points", "BN after the activation", USUAL, low=-0.025, high=-0.005),
-    Claim("gamma that begins at 0.1 is better than at 1", "gamma 0.1", USUAL),
+    Claim(
+        "BN after the activation costs 1.5 points",
+        "BN after the activation",
+        USUAL,
+        low=-0.025,
+        high=-0.005,
+        note="Three seeds agree. Its training loss is lower from the first epoch to the last (0.88, else 0.94).",
+    ),
+    Claim(
+        "gamma that begins at 0.1 is better than at 1",
+        "gamma 0.1",
+        USUAL,
+        note="Three seeds agree. Its training loss stays higher to the end (1.07, else 0.94); 12 epochs are few.",
+    ),
     Claim("dropout beside BN costs 1.2 points", "dropout 0.2 beside BN", USUAL, low=-0.022, high=-0.002),
     *(
         Claim("BN trains at rates at which nothing else does", f"BN, rate {r}", f"no BN, rate {r}", 0.05)
