@@ -1,8 +1,10 @@
 """Triton's kernels on CPU tensors, in its interpreter, where there is no GPU; `conftest` sets the switch.
 
-Three things of the interpreter are mended: how it rounds, how it adds up, and how long it takes.
+Three things of the interpreter are mended: how it rounds, how it adds up, and how long it takes. On a GPU as there,
+`poisoned` memory shows what was not written.
 """
 
+from contextlib import contextmanager
 from types import FunctionType
 
 import numpy as np
@@ -50,4 +52,15 @@ if not ON_GPU:
     interpreter._convert_float = _convert_as_hardware_does
     interpreter.InterpretedFunction.__call__ = _call
 
-__all__ = ["DEVICE", "ON_GPU", "geometry", "launchers"]
+
+@contextmanager
+def poisoned():
+    """Fill what is allocated with NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+__all__ = ["DEVICE", "ON_GPU", "geometry", "launchers", "poisoned"]

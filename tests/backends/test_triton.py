@@ -1,7 +1,6 @@
 """The Triton kernels against float64 and against torch: interpreted on the CPU, compiled where there is a GPU."""
 
 import itertools
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from leannorm.backends import aten
 from leannorm.backends import triton as backend
 from leannorm.backends.triton.indexing import index, offsets, size
 from leannorm.statistics import Regions
-from triton_interpreter import DEVICE, ON_GPU, geometry, launchers
+from triton_interpreter import DEVICE, ON_GPU, geometry, launchers, poisoned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SERVED = [case for case in CASES if "empty" not in case.name and case.name != "transposed"] + [
@@ -50,16 +49,6 @@ def cut(monkeypatch):
     yield cut
     monkeypatch.undo()
     cut()
-
-
-@contextmanager
-def poisoned():
-    """Fill what is allocated with NaN."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def on_device(tensor):

@@ -12,7 +12,7 @@ from leannorm.bench.plan import LayerPlan
 from leannorm.functional import batch_norm
 from leannorm.ops import definition
 from leannorm.statistics import Regions
-from triton_interpreter import ON_GPU, launchers
+from triton_interpreter import ON_GPU, launchers, poisoned
 
 if not ON_GPU:
     pytest.skip("there is no GPU", allow_module_level=True)
@@ -55,7 +55,8 @@ def compiled_variants():
 def test_real_sizes_err_at_most_twice_as_much_as_torch(shape, layout, dtype, operation):
     plan = LayerPlan(device="cuda", statistics=("full", "fs:1/32", "grid:1/32@step", "bs:1/8"))
     case = layers.Case(operation, shape, layout, dtype, "cuda", seed=0)
-    assert gate.failures(str(case), layers.check(case, plan)) == []
+    with poisoned():
+        assert gate.failures(str(case), layers.check(case, plan)) == []
 
 
 @pytest.mark.parametrize("source", ["full", "grid:1/8@step"])

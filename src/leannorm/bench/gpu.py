@@ -15,14 +15,16 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 TIME = 470.0  # seconds for all stages together
 _MODELS = {"resnet50": "--compile", "densenet121": "--no-compile"}  # compiling the other one takes minutes
+_TOOLKITS = [str(Path(root, "bin")) for root in (os.environ.get("CUDA_HOME", ""), "/usr/local/cuda")]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command with its limit in seconds, and the modules and programs without which it cannot run."""
+    """A command with its limit in seconds, and the modules and the program's file without which it cannot run."""
 
     command: tuple[str, ...]
     limit: float
@@ -32,7 +34,7 @@ class Stage:
     def run(self, time_left: float) -> str:
         """Run it; give the verdict."""
         missing = [name for name in self.modules if importlib.util.find_spec(name) is None]
-        if self.program is not None and shutil.which(self.program) is None:
+        if self.program is not None and not Path(self.program).is_file():
             missing.append(self.program)
         if missing:
             return f"NOT RUN: {', '.join(missing)} is not installed"
@@ -69,8 +71,9 @@ def stages() -> dict[str, Stage]:
 
     def sanitizer(tool: str) -> Stage:
         small = (sys.executable, "tests/backends/small_triton_case.py")
-        command = ("compute-sanitizer", "--error-exitcode", "9", "--tool", tool, *small)
-        return Stage(command, 60, program="compute-sanitizer")
+        program = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *_TOOLKITS]))
+        command = (program or "compute-sanitizer", "--error-exitcode", "9", "--tool", tool, *small)
+        return Stage(command, 60, program=command[0])
 
     return {
         "kernel tests": Stage(

@@ -109,7 +109,8 @@ def measure(name: str, plan: TrainingPlan) -> tuple[tuple[SavedBytes, ...], tupl
     models = sides(model, plan)
     with tempfile.TemporaryDirectory() as folder:  # what an earlier run measured does not count
         for spelling in filter(_is_sampled, plan.statistics):
-            tuned, _ = tune(_converted(model, spelling), images, plan=Path(folder) / "plan.json")
+            with autocast(plan):  # what is fastest depends on the dtype
+                tuned, _ = tune(_converted(model, spelling), images, plan=Path(folder) / "plan.json")
             models[spelling + TUNED] = tuned
     with autocast(plan):
         kept = tuple(
