@@ -33,8 +33,9 @@ class Stage {
       line_ = k / kLine * kLine;
     } else if (k + n - line_ > kSize) {
       write_lines();
-      std::memcpy(buffer_, buffer_ + (end_ / kLine * kLine - line_), kLine * sizeof(Scalar));
-      line_ = end_ / kLine * kLine;
+      const int64_t whole = end_ / kLine * kLine;
+      std::memcpy(buffer_, buffer_ + (whole - line_), (end_ - whole) * sizeof(Scalar));
+      line_ = whole;
     }
     end_ = k + n;
     return buffer_ - line_;
