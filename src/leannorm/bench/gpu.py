@@ -19,7 +19,7 @@ from pathlib import Path
 
 TIME = 470.0  # seconds for all stages together
 _MODELS = {"resnet50": "--compile", "densenet121": "--no-compile"}  # compiling the other one takes minutes
-_TOOLKITS = [str(Path(root, "bin")) for root in (os.environ.get("CUDA_HOME", ""), "/usr/local/cuda")]
+_TOOLKIT = str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin"))  # often not on the path
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def stages() -> dict[str, Stage]:
 
     def sanitizer(tool: str) -> Stage:
         small = (sys.executable, "tests/backends/small_triton_case.py")
-        program = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *_TOOLKITS]))
+        program = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), _TOOLKIT]))
         command = (program or "compute-sanitizer", "--error-exitcode", "9", "--tool", tool, *small)
         return Stage(command, 60, program=command[0])
 
