@@ -8,6 +8,7 @@ page of what is finished.
 import argparse
 import logging
 import warnings
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +20,7 @@ import placement
 import speed
 from comparison import seeds_needed
 from page import write_page
-from trials import ARCHIVE, SCALES, Arm, Scale, Trial, finished, prepare, trials, write_raw
+from trials import ARCHIVE, SCALES, Arm, Scale, Trial, finished, prepare, recorded, trials, write_raw
 
 TABLES: dict[str, ModuleType] = {
     "convergence": convergence,
@@ -46,30 +47,45 @@ def wanted_seeds(scale: Scale, arms: tuple[Arm, ...], found: list[Trial]) -> dic
 
 
 def reproduce(
-    name: str, scale: Scale, *, only_finished: bool = False, results: Path = RESULTS, docs: Path = DOCS
+    name: str,
+    scale: Scale,
+    *,
+    only_finished: bool = False,
+    go_on: bool = False,
+    results: Path = RESULTS,
+    docs: Path = DOCS,
 ) -> Path:
-    """Run an experiment, or take what is finished of it; give its page."""
+    """Run an experiment, or take what is finished of it; give its page.
+
+    With ``go_on`` the trials of the results file count as finished, where arm and scale are as they were.
+    """
     if name == "speed":
         return speed.run(scale, results, docs)
     experiment = TABLES[name]
     scale = replace(scale, epochs=getattr(experiment, "EPOCHS", {}).get(scale.name, scale.epochs))
     arms = experiment.arms(scale)
-    found: list[Trial] = []
+    raw = results / f"{name}-{scale.name}.json"
+    found = {(each.seed, each.arm): each for each in (recorded(raw, scale, arms) if go_on else [])}
 
-    def keep(more: list[Trial]) -> Path:
-        found.extend(more)
-        write_raw(results / f"{name}-{scale.name}.json", scale, arms, found)
+    def keep(more: Iterable[Trial]) -> Path:
+        found.update({(each.seed, each.arm): each for each in more})
+        order = [(seed, arm.name) for seed in range(scale.most_seeds) for arm in arms]
+        ordered = [found[each] for each in order if each in found]
+        write_raw(raw, scale, arms, ordered)
         claimed = getattr(experiment, "CLAIMS", ())
-        return write_page(docs, name, experiment.TITLE, experiment.INTRO, scale, arms, found, claimed)
+        return write_page(docs, name, experiment.TITLE, experiment.INTRO, scale, arms, ordered, claimed)
+
+    def missing(seed: int) -> tuple[Arm, ...]:
+        return tuple(arm for arm in arms if (seed, arm.name) not in found)
 
     if only_finished:
-        read = (finished(name, scale, arm, seed) for seed in range(scale.most_seeds) for arm in arms)
+        read = (finished(name, scale, arm, seed) for seed in range(scale.most_seeds) for arm in missing(seed))
         return keep([each for each in read if each is not None])
     for seed in range(scale.seeds):
-        keep(list(trials(name, scale, arms, seed)))
-    wanted = wanted_seeds(scale, arms, found)
+        keep(list(trials(name, scale, missing(seed), seed)))
+    wanted = wanted_seeds(scale, arms, list(found.values()))
     for seed in range(scale.seeds, scale.most_seeds):
-        keep(list(trials(name, scale, tuple(arm for arm in arms if wanted[arm.name] > seed), seed)))
+        keep(list(trials(name, scale, tuple(arm for arm in missing(seed) if wanted[arm.name] > seed), seed)))
     return keep([])
 
 
@@ -79,6 +95,7 @@ def main() -> None:
     parser.add_argument("experiment", choices=[*TABLES, "speed"])
     parser.add_argument("--scale", choices=list(SCALES), default="cpu")
     parser.add_argument("--only-finished", action="store_true", help="train nothing, write the page of what is there")
+    parser.add_argument("--go-on", action="store_true", help="take the trainings that the results file records")
     parser.add_argument("--archive", type=Path, default=ARCHIVE, help="CIFAR-10 as class folders, in a tar file")
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -88,7 +105,7 @@ def main() -> None:
         parser.error("speed has no trainings to take up: leave --only-finished away")
     if not (arguments.only_finished or arguments.experiment == "speed"):
         prepare(scale, arguments.archive)
-    print(reproduce(arguments.experiment, scale, only_finished=arguments.only_finished))
+    print(reproduce(arguments.experiment, scale, only_finished=arguments.only_finished, go_on=arguments.go_on))
 
 
 if __name__ == "__main__":

@@ -183,6 +183,22 @@ def finished(experiment: str, scale: Scale, arm: Arm, seed: int) -> Trial | None
     return None if run is None else Trial(arm.name, seed, run)
 
 
+def recorded(path: Path, scale: Scale, arms: tuple[Arm, ...]) -> list[Trial]:
+    """Read the trials of these arms at this scale from what `write_raw` wrote; [] where there is no such file."""
+    if not path.exists():
+        return []
+    plain = json.loads(path.read_text())
+    if plain["scale"] | {"seeds": scale.seeds, "most_seeds": scale.most_seeds} != dataclasses.asdict(scale):
+        return []
+    same = {arm.name for arm in arms if dataclasses.asdict(arm) in plain["arms"]}
+    trials_of_same = (each for each in plain["trials"] if each["arm"] in same)
+    return [Trial(each["arm"], each["seed"], each["run"] and _run(each["run"])) for each in trials_of_same]
+
+
+def _run(plain: dict[str, Any]) -> TrainingRun:
+    return records.from_json(TrainingRun, json.dumps(plain))
+
+
 def trial(experiment: str, scale: Scale, arm: Arm, seed: int) -> Trial:
     """Train an arm with a seed, go on with a training that was stopped, or read one that is finished."""
     found = finished(experiment, scale, arm, seed)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -69,6 +70,28 @@ def test_finished_trainings_are_not_run_again_and_stopped_ones_go_on(small, monk
     svg = (tmp_path / "docs" / "family-tiny.svg").read_text()
     assert ">grid<" in svg
     assert {call["seed"] for call in calls} == {0, 1}
+
+
+def test_recorded_trials_go_on_where_they_were_not_trained(small, monkeypatch, tmp_path):
+    text = small().read_text()
+    raw = tmp_path / "results" / "family-tiny.json"
+    plain = json.loads(raw.read_text())
+    shutil.rmtree(tmp_path / "runs")
+    raw.write_text(json.dumps(plain | {"trials": plain["trials"][:-2]}))  # BN's second seed is the last that is left
+    trained, calls = runs.train, []
+    monkeypatch.setattr(runs, "train", lambda *args, **options: calls.append(options) or trained(*args, **options))
+    assert "(1 diverged)" in small(go_on=True, only_finished=True).read_text()
+    assert not calls
+    page = small(go_on=True)
+    assert [(call["statistics"], call["seed"]) for call in calls] == [("grid:1/4", 1), ("none", 1)]
+    assert json.loads(raw.read_text())["trials"][:4] == plain["trials"][:4]
+    assert len(page.read_text().splitlines()) == len(text.splitlines())
+    shutil.rmtree(tmp_path / "runs")
+    monkeypatch.setattr(reproduce.TABLES["family"], "arms", lambda scale: (ARMS[0], Arm("grid", "grid:1/8", "BN")))
+    small(go_on=True)
+    assert [call["statistics"] for call in calls[2:]] == ["grid:1/8"] * 2, "the arm of that name is another one now"
+    longer = dataclasses.replace(TINY, epochs=2)
+    assert trials.recorded(raw, longer, ARMS) == trials.recorded(tmp_path / "none.json", TINY, ARMS) == []
 
 
 def test_a_finished_training_of_other_arguments_is_not_taken(monkeypatch, tmp_path):
