@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from leannorm import backends
 from leannorm.activation import Activation, as_activation
-from leannorm.backends import cpu
 from leannorm.ops import autograd, definition, eager
 from leannorm.ops import conv_batch_norm as folded
 from leannorm.ops.definition import activate
@@ -280,7 +280,7 @@ def _native(x: Tensor, statistics: Sequence[Tensor], others: Sequence[Tensor | N
     kernel = eager.kernel("normalize", x)
     takes = (
         kernel is not None  # first: a compiler cannot follow the rest
-        and cpu.takes(x)
+        and backends.takes(x)
         and all(t.shape == (x.shape[1],) and t.device == x.device for t in statistics)
         and all(t is None or t.device == x.device for t in others)
     )

@@ -18,7 +18,7 @@ if not ON_GPU:
     pytest.skip("there is no GPU", allow_module_level=True)
 
 OPS = torch.ops.leannorm
-_NAMES = ("moments", "normalize", "gradient", "apply", "correct", "finish")
+_NAMES = ("moments", "normalize", "gradient", "apply", "correct", "finish", "track")
 KERNELS = [getattr(launchers, f"{name}_kernel") for name in _NAMES]
 
 
@@ -112,6 +112,48 @@ def test_nothing_waits_and_nothing_is_compiled_as_places_move():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert compiled_variants() == before
+
+
+def sampled_layer():
+    source = leannorm.GridSampling(1 / 8, "step")
+    layer = leannorm.BatchNorm2d(8, statistics=source, activation="relu").cuda()
+    x, _, _, residual, dy = tensors((16, 8, 14, 14))
+    return layer, lambda: torch.autograd.grad(layer(x, residual), [x, residual, *layer.parameters()], dy)
+
+
+def test_a_layer_waits_for_nothing_in_any_mode():
+    layer, layer_step = sampled_layer()
+    layer_step()
+    for mode in (True, False):
+        layer.train(mode)
+        layer_step()  # what is compiled or loaded first may wait
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                layer_step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert layer.num_batches_tracked == 5
+
+
+def test_replays_train_a_layer_on():
+    layer, layer_step = sampled_layer()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            layer_step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layer_step()
+    seen = []
+    for _ in range(5):
+        graph.replay()
+        seen.append(layer.running_mean.tolist())
+    assert layer.num_batches_tracked == 8  # the capture itself computes nothing
+    assert len({tuple(mean) for mean in seen}) == 5
 
 
 def test_another_batch_size_compiles_nothing():

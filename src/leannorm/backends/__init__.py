@@ -7,7 +7,12 @@ from torch import Tensor
 from leannorm.backends import aten, conv_batch_norm, cpu, triton
 from leannorm.backends.cpu import empty_cache
 
-__all__ = ["aten", "conv_batch_norm", "cpu", "empty_cache", "serving", "triton"]
+__all__ = ["aten", "conv_batch_norm", "cpu", "empty_cache", "serving", "takes", "triton"]
+
+
+def takes(x: Tensor) -> bool:
+    """Say whether kernels of ours take a call on this input; `serving` gives the reason where they do not."""
+    return cpu.takes(x) if x.is_cpu else triton.why_not(x) is None
 
 
 def serving(x: Tensor, operator: str = "batch_norm") -> tuple[str, str | None]:

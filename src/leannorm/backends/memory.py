@@ -1,10 +1,13 @@
-"""Memory orders that the kernels know."""
+"""What the kernels know of memory: its orders, and the running statistics that they move."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -20,3 +23,16 @@ def is_channels_last(x: Tensor) -> bool | None:
 def in_order_of(x: Tensor, other: Tensor) -> Tensor:
     """Give other in x's memory order."""
     return other if other.stride() == x.stride() else torch.empty_like(x).copy_(other)
+
+
+def are_plain_statistics(
+    statistics: tuple[Tensor, ...], batches: Tensor | None, is_there: Callable[[Tensor], bool]
+) -> bool:
+    """Whether the kernels may move these: dense float32 vectors of one length, and an int64 counter or none."""
+    shape = statistics[0].shape
+    for t in statistics:
+        if t.dtype is not torch.float32 or t.shape != shape or not t.is_contiguous() or type(t) not in _PLAIN:
+            return False
+        if not is_there(t):
+            return False
+    return batches is None or (type(batches) in _PLAIN and batches.dtype is torch.int64 and is_there(batches))

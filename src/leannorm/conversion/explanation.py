@@ -184,8 +184,6 @@ def _eval_call(layer: nn.Module, x: Tensor) -> _Call:
     if isinstance(layer, SampledBatchNorm) and type(layer)._eval_forward is SampledBatchNorm._eval_forward:
         if layer.running_mean is None:
             reason = "it keeps no running statistics: PyTorch's own operators take the batch's"
-        elif x.device.type != "cpu":
-            reason = "with given statistics PyTorch's own operators normalize on this device"
         else:
             name, reason = backends.serving(x, "normalize")
         if reason is not None:

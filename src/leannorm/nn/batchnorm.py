@@ -43,8 +43,8 @@ class SampledBatchNorm(Unscriptable, _BatchNorm):
 
     In training, mean and variance are those of the elements that ``statistics`` tells, and move the running statistics
     by ``momentum`` (None: their cumulative average); the running variance takes the unbiased estimate. In eval mode,
-    and when frozen, the running statistics are used: by PyTorch's plain operators, or on the CPU, where a residual or
-    an activation follows and nothing exports, compiles or traces the layer, by one native operator. In the
+    and when frozen, the running statistics are used: by PyTorch's plain operators, or where a residual or an activation
+    follows and nothing exports, compiles or traces the layer, by one of the kernels. In the
     recomputation of a checkpointed forward (any forward inside a backward pass) the running statistics do not move.
     `torch.fx` records the layer's call, as of torch's own; `torch.jit.script` is refused, and so is `torch.jit.trace`
     of sampled statistics in training mode.

@@ -9,6 +9,7 @@ import importlib
 import os
 from collections.abc import Sequence
 from functools import lru_cache, partial
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch.autograd.graph import increment_version
 from torch.utils.dlpack import from_dlpack
 
 from leannorm.backends import aten
-from leannorm.backends.memory import is_channels_last
+from leannorm.backends.memory import are_plain_statistics, is_channels_last
 from leannorm.ops import eager
 from leannorm.ops.contract import takes_output
 
@@ -34,6 +35,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PLAIN = (Tensor, torch.nn.Parameter)
 _LEAST_KEPT = 1 << 20  # bytes; the C library itself keeps what is smaller
 _keeps = available and "LEANNORM_NO_CPU_MEMORY_CACHING" not in os.environ
+_is_cpu = attrgetter("is_cpu")
 _KINDS = ("", "relu", "clamp", "leaky_relu", "silu", "hardswish", "gelu", "gelu_tanh")  # as the kernels count them
 
 
@@ -240,22 +242,13 @@ def _backward(
 def _track(running_mean, running_var, batches, mean, var, unbiased, factor, between_steps, guarded) -> bool:
     """Move running statistics and count a batch, where ``batches`` is given; False, and nothing done, where the kernel
     does not take the tensors."""
-    shape = mean.shape
-    for t in (mean, var, running_mean, running_var):
-        if t.dtype is not torch.float32 or t.shape != shape or not t.is_cpu or not t.is_contiguous():
-            return False
-        if type(t) not in _PLAIN:
-            return False
-    moved = (running_mean, running_var)
-    if batches is not None:
-        if type(batches) not in _PLAIN or batches.dtype is not torch.int64 or not batches.is_cpu:
-            return False
-        moved = (running_mean, running_var, batches)
+    if not are_plain_statistics((mean, var, running_mean, running_var), batches, _is_cpu):
+        return False
     _kernels.track(
         running_mean.data_ptr(), running_var.data_ptr(), _address(batches), mean.data_ptr(), var.data_ptr(),
         mean.numel(), unbiased, factor, between_steps, guarded,
     )  # fmt: skip
-    increment_version(moved)
+    increment_version([t for t in (running_mean, running_var, batches) if t is not None])
     return True
 
 

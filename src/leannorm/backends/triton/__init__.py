@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -68,17 +68,28 @@ def _operator(name: str, position: int) -> Callable:
         x = args[position]
         if why_not(x) is not None:
             return aten.kernels[name](*args)
-        from leannorm.backends.triton import launchers
-
-        kernel = getattr(launchers, name)
-        if x.device.index == torch.cuda.current_device():
-            return kernel(*args)
-        with torch.cuda.device(x.device):
-            return kernel(*args)
+        return _launched(name, x, args)
 
     return operator
 
 
+def _launched(name: str, x: Tensor, args: tuple) -> Any:
+    from leannorm.backends.triton import launchers
+
+    launcher = getattr(launchers, name)
+    if x.device.index == torch.cuda.current_device():
+        return launcher(*args)
+    with torch.cuda.device(x.device):
+        return launcher(*args)
+
+
+def _track(running_mean, *args) -> bool:
+    if _why_not_device(running_mean.device) is not None:
+        return False
+    return _launched("track", running_mean, (running_mean, *args))
+
+
 if installed:
+    eager.provide("track", _track, "cuda")
     for _name, _position in _INPUT.items():
         eager.register(_name, _operator(_name, _position), "cuda")

@@ -13,15 +13,18 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from leannorm.backends.memory import in_order_of, is_channels_last
+from leannorm.backends.memory import are_plain_statistics, in_order_of, is_channels_last
 from leannorm.backends.triton import geometry
 from leannorm.backends.triton.backward import apply_kernel, correct_kernel, gradient_kernel
 from leannorm.backends.triton.forward import moments_kernel, normalize_kernel
 from leannorm.backends.triton.geometry import Region, Tiles
 from leannorm.backends.triton.partials import finish_kernel
+from leannorm.backends.triton.running import track_kernel
 
 _WHOLE = (0, 1, 1, *(0, 1, 1, 1) * 4)  # a place that is not read
+_TRACKED = 256  # channels of a program
 _MASKS = ("relu", "clamp")  # g is dy or 0, so that it can be stored in any dtype without rounding
 
 
@@ -124,6 +127,20 @@ def correct(dx, x, mean, var, weight, sum_g_xhat, sum_g, eps, draw, boxes, weigh
     sums = sum_g_xhat.contiguous(), sum_g.contiguous()
     _correct(corrected, point, None, sums, draw, boxes, weights)
     return corrected
+
+
+def track(running_mean, running_var, batches, mean, var, unbiased, factor, between_steps, guarded) -> bool:
+    """One launch that moves running statistics and counts a batch; False, and nothing done, where it cannot."""
+    on = mean.device
+    if not are_plain_statistics((mean, var, running_mean, running_var), batches, lambda t: t.device == on):
+        return False
+    channels = mean.numel()
+    track_kernel[(-(-channels // _TRACKED),)](
+        running_mean, running_var, batches, mean, var, channels, unbiased, factor,
+        BETWEEN_STEPS=between_steps, GUARDED=guarded, BLOCK=_TRACKED, num_warps=4,
+    )  # fmt: skip
+    increment_version([t for t in (running_mean, running_var, batches) if t is not None])
+    return True
 
 
 class _Point:
