@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import leannorm
 from leannorm import parse_statistics
+from leannorm.functional import batch_norm
 
 
 def network(source="grid:1/8@step", activation="relu"):
@@ -21,13 +24,15 @@ def network(source="grid:1/8@step", activation="relu"):
     return leannorm.convert(model, parse_statistics(source))[0]
 
 
+@pytest.mark.parametrize("decomposes", [False, True])
 @pytest.mark.parametrize("source", ["grid:1/8@step", "bs:1/4", "fs:1/8@step+vdn:1", "grid:1/8@between_steps", "full"])
-def test_twenty_compiled_steps_compile_once_and_train_as_eager_does(source):
+def test_twenty_compiled_steps_compile_once_and_train_as_eager_does(source, decomposes):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     results = []
     for compiled in (False, True):
         model = network(source)
+        model[1].decomposes = model[3].decomposes = decomposes
         step = torch.compile(model, fullgraph=True, backend=counter) if compiled else model
         optimizer = torch.optim.SGD(model.parameters(), 0.05)
         torch.manual_seed(1)
@@ -39,6 +44,50 @@ def test_twenty_compiled_steps_compile_once_and_train_as_eager_does(source):
         results.append((loss, model.state_dict()))
     assert counter.frame_count == 1
     torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("source", ["full", "grid:1/4@step", "fs:1/4+vdn:1"])
+@pytest.mark.parametrize(
+    ("activation", "residual", "affine", "dtype"),
+    [
+        ("relu", True, True, torch.float32),
+        ("relu6", True, False, torch.bfloat16),
+        ("silu", True, True, torch.bfloat16),
+        ("gelu", False, False, torch.float32),
+        (None, True, True, torch.float32),
+    ],
+)
+def test_what_is_decomposed_has_no_operator_of_ours_and_gives_the_same(source, activation, residual, affine, dtype):
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(0)
+    x, extra, dy = (torch.randn(4, 5, 8, 8, generator=generator).to(dtype) for _ in range(3))
+    weight, bias = torch.randn(2, 5, generator=generator) if affine else (None, None)
+    leaves = [t.requires_grad_() for t in (x, weight, bias, extra if residual else None) if t is not None]
+    targets: list[str] = []
+
+    def run(decomposed):
+        statistics = parse_statistics(source).regions(tuple(x.shape))
+        y, mean, var = batch_norm(
+            x, weight, bias, statistics=statistics, residual=extra if residual else None, activation=activation,
+            decomposed=decomposed,
+        )  # fmt: skip
+        return y, mean, var
+
+    def record(module, inputs):
+        targets.extend(str(node.target) for node in module.graph.nodes)
+        return make_boxed_func(module.forward)
+
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+    results = []
+    for compiled, decomposed in ((False, True), (True, True)):
+        torch.manual_seed(3)
+        y, mean, var = (torch.compile(run, fullgraph=True, backend=backend) if compiled else run)(decomposed)
+        assert not any(statistic.requires_grad for statistic in (mean, var))
+        results.append([y.detach(), mean, var, *torch.autograd.grad(y, leaves, dy)])
+    assert any("relu" in t or "mul" in t for t in targets)
+    assert not any("leannorm" in target for target in targets)
+    tolerance = {} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 5e-3}
+    torch.testing.assert_close(*results, **tolerance)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

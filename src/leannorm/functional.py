@@ -25,6 +25,7 @@ def batch_norm(
     eps: float = 1e-5,
     residual: Tensor | None = None,
     activation: str | Activation | None = None,
+    decomposed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Normalize a batch with statistics of some of its elements, then scale, shift, add a residual and activate.
 
@@ -40,6 +41,8 @@ def batch_norm(
         eps: added to the variance.
         residual: of the input's shape and dtype, or None.
         activation: a name, a `leannorm.Activation`, or None.
+        decomposed: under `torch.compile` compute by PyTorch's operators, which the compiler fuses, in place of one
+            operator, which it calls; `leannorm.tune` finds out which is faster.
 
     Returns:
         y like the input; the mean and the biased variance of the sample, (C,), float64 for float64 input, else float32.
@@ -63,10 +66,13 @@ def batch_norm(
     _check(input.shape, input, weight, bias, residual)
     regions = statistics.regions_of(input) if isinstance(statistics, Statistics) else statistics
     _check_regions(regions, input.shape, eps)
-    kind, parameters = _kind(activation)
-    return autograd.batch_norm(
-        input, weight, bias, residual, _draw(regions, input), regions.boxes, regions.weights, eps, kind, parameters
-    )
+    call = (
+        input, weight, bias, residual, _draw(regions, input), regions.boxes, regions.weights, eps, *_kind(activation)
+    )  # fmt: skip
+    if decomposed and torch.compiler.is_compiling():
+        y, mean, var = definition.batch_norm(*call)
+        return y, mean.detach(), var.detach()
+    return autograd.batch_norm(*call)
 
 
 def conv_batch_norm(

@@ -11,7 +11,7 @@ from torch import nn
 import leannorm
 from leannorm import parse_statistics, records
 from leannorm.conversion import tuning
-from leannorm.nn import folding
+from leannorm.nn.calls import recorded
 from leannorm.records import TunedCall, TuningPlan
 
 
@@ -72,7 +72,7 @@ def test_calls_that_are_alike_are_measured_once(times, tmp_path):
 def test_a_given_plan_decides(model, tmp_path):
     path = tmp_path / "plan.json"
     leannorm.fuse(model, convolution=True)
-    with folding.recorded() as calls:
+    with recorded() as calls:
         model(IMAGES.float())
     spelled = list(dict.fromkeys(map(tuning._spell, calls)))
     assert spelled[0].endswith("without the input's gradient")
@@ -118,6 +118,67 @@ def test_measuring_leaves_the_layers_alone(model, tmp_path, monkeypatch):
     assert all(p.grad is None for p in model.parameters())
     plan = records.read(TuningPlan, tmp_path / "plan.json")
     assert all(call.apart_seconds > 0 and call.folded_seconds > 0 for call in plan.calls)
+
+
+@pytest.fixture
+def compiled_times(monkeypatch):
+    """Let decomposing be faster for 8 channels alone, and collect what is measured."""
+    measured = []
+
+    def measure(call):
+        measured.append(call)
+        return 0.002, 0.001 if call.input.shape[1] == 8 else 0.003
+
+    monkeypatch.setattr(tuning, "measure_compiled", measure)
+    return measured
+
+
+def test_compiled_layers_take_the_faster_form(times, compiled_times, model, tmp_path):
+    path, x = tmp_path / "plan.json", IMAGES.float()
+    _, report = leannorm.tune(model, x, compiled=True, plan=path)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    apart = {name: layer for name, layer in layers.items() if not layer.folds_convolution}
+    assert apart
+    assert not any(layer.decomposes for layer in layers.values())  # those of 8 channels are folded
+    assert {call.layer for call in compiled_times} <= set(apart.values())
+    assert {call.folded for call in compiled_times} == {None}
+    assert (
+        report.changes[3].action
+        == "batch norm + relu (3 ms folded, 2 ms apart; compiled 2 ms as one operator, 3 ms decomposed)"
+    )
+    plan = records.read(TuningPlan, path)
+    assert len(plan.calls) == 9
+    assert len(plan.compiled) == len(compiled_times)
+
+
+def test_exact_layers_have_that_choice_too(compiled_times, tmp_path, monkeypatch):
+    path, network = tmp_path / "plan.json", residual_network()
+    leannorm.tune(network, IMAGES.float(), compiled=True, plan=path)
+    layers = [m for m in network.modules() if isinstance(m, leannorm.BatchNorm2d)]
+    assert {layer.num_features for layer in layers if layer.decomposes} == {8}
+    assert {layer.num_features for layer in layers if not layer.decomposes}
+    monkeypatch.setattr(tuning, "measure_compiled", lambda call: pytest.fail("measured again"))
+    leannorm.tune(network, IMAGES.float(), compiled=True, plan=path)
+    explained = leannorm.explain(network, IMAGES.float()).layers
+    assert [any("torch.compile" in r for r in line.reasons) for line in explained] == [
+        layer.decomposes for layer in layers
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spelling", ["full", "grid:1/4@step"])
+def test_measuring_compiled_layers_leaves_them_alone(tmp_path, monkeypatch, spelling):
+    monkeypatch.setattr(tuning, "SHORTEST_SAMPLE", 0.0)
+    monkeypatch.setattr(tuning, "ROUNDS", 1)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    network, _ = leannorm.convert(network, parse_statistics(spelling))
+    state, x = copy.deepcopy(network.state_dict()), torch.randn(4, 3, 12, 12)
+    leannorm.tune(network, x, compiled=True, plan=tmp_path / "plan.json")
+    torch.testing.assert_close(network.state_dict(), state, rtol=0, atol=0)
+    assert all(p.grad is None for p in network.parameters())
+    (call,) = records.read(TuningPlan, tmp_path / "plan.json").compiled
+    assert call.call.startswith("batch norm, of 4x4x10x10 in order 0123, torch.float32 on cpu, statistics ")
+    assert min(call.operator_seconds, call.decomposed_seconds) > 0
 
 
 def test_refusals(model, tmp_path):

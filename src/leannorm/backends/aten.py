@@ -75,9 +75,8 @@ def _correct_(
     weights: Sequence[float],
 ) -> None:
     """Subtract scale w_i (sum_g + xhat_i sum_g_xhat) from the sampled elements, w_i each element's weight."""
-    for index, weight in zip(
-        definition.indices(dx, draw, boxes, read_draw=dx.device.type == "cpu"), weights, strict=True
-    ):
+    indices = definition.indices(dx, draw, boxes, read_draw=definition.reads_draw(dx))
+    for index, weight in zip(indices, weights, strict=True):
         sample = xhat[index]
         share = weight * sample.shape[1] / sample.numel()
         correction = per_channel(scale * sum_g, sample) + sample * per_channel(scale * sum_g_xhat, sample)

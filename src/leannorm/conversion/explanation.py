@@ -31,6 +31,7 @@ _NORMALIZATION = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _PYTORCH, _CONVOLUTIONS = "PyTorch", "PyTorch's convolutions"
 _ALONE = "with given statistics and nothing after it, batch norm is one pass of PyTorch's own operator, too"
 _EVAL = "it is in eval mode: leannorm.fold leaves no normalization in a model that is shipped"
+_DECOMPOSED = "under torch.compile by PyTorch's operators, fused by the compiler, which leannorm.tune has found faster"
 _UNREACHED = "these example inputs do not reach it"
 
 
@@ -141,6 +142,7 @@ def _explained(name: str, module: nn.Module, call: _Call, fusing: _Fusing) -> La
         return LayerExplanation(name, kind, target, "its method", served_by, tuple(reasons))
     more = fusing.why_not(name, module, call.operator)
     reasons += [] if more is None else [more]
+    reasons += [_DECOMPOSED] if module.decomposes else []
     served_by = ", ".join(call.served_by)
     return LayerExplanation(name, kind, target + call.sampled, call.operator, served_by, tuple(reasons))
 

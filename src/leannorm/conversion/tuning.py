@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import platform
 import re
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -18,12 +20,13 @@ from torch import Tensor, nn
 from leannorm import records
 from leannorm.conversion.fusion import fuse
 from leannorm.conversion.fusion_check import training_outputs
-from leannorm.nn import folding
 from leannorm.nn.batchnorm import SampledBatchNorm
+from leannorm.nn.calls import Call, recorded
 from leannorm.nn.virtual import VirtualMark
-from leannorm.records import Change, TransformReport, TunedCall, TuningPlan
+from leannorm.records import Change, CompiledCall, TransformReport, TunedCall, TuningPlan
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T", TunedCall, CompiledCall)
 
 ROUNDS = 7
 SHORTEST_SAMPLE = 5e-3  # seconds
@@ -34,6 +37,7 @@ def tune(
     example_inputs: Tensor | tuple[Any, ...],
     *,
     prefer: Literal["speed", "memory"] = "speed",
+    compiled: bool = False,
     plan: str | Path | None = None,
 ) -> tuple[M, TransformReport]:
     """Fuse a model, and fold the convolution into each BN layer's operator where that is faster on this machine.
@@ -41,12 +45,16 @@ def tune(
     Folding (`fuse` with ``convolution=True``) saves passes over the activations and keeps half as many, but convolves
     the sampled positions twice, which on small maps costs more than it saves. So each call of a layer in a training
     step is timed in both forms, forward and backward, on random tensors of its shapes; the model itself is only called
-    once. What was measured is kept in a file, and not measured again: with the same file the choice is the same.
+    once or twice. What was measured is kept in a file, and not measured again: with the same file the choice is the
+    same.
 
     Args:
         model: any module, with sampled statistics where there is to be something to choose.
         example_inputs: the arguments of a call, a tensor or a tuple, of the sizes that training has.
-        prefer: "speed" takes the faster form; "memory" folds wherever it can, and measures nothing.
+        prefer: "speed" takes the faster form; "memory" folds wherever it can, and measures nothing of that.
+        compiled: the model will run under `torch.compile`: time there, too, each batch norm that is not folded, as the
+            one operator that the compiler calls and decomposed into PyTorch's, which it fuses, and take the faster.
+            Drops what was compiled before.
         plan: the file; None keeps one for each machine, number of threads and version of torch in the user's cache.
 
     Returns:
@@ -59,71 +67,121 @@ def tune(
         raise ValueError(f"tune prefers 'speed' or 'memory', got {prefer!r}")
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
     _, report = fuse(model, inputs, convolution=True)
-    with folding.recorded() as calls:
-        training_outputs(model, inputs, exact=False, gradients=True)
-    if prefer == "memory" or not calls:
+    calls = _calls(model, inputs)
+    if not calls:
         return model, report
     path = _default_path(calls[0].device) if plan is None else Path(plan)
-    known = {call.call: call for call in records.read(TuningPlan, path).calls} if path.exists() else {}
-    chosen: dict[SampledBatchNorm, list[TunedCall]] = {}
-    measured = False
-    for call in calls:
-        spelled = _spell(call)
-        if spelled not in known:
-            known[spelled] = TunedCall(spelled, *measure(call))
-            measured = True
-        chosen.setdefault(call.layer, []).append(known[spelled])
-    if measured:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        records.write(path, TuningPlan(tuple(known[name] for name in sorted(known))))
-    notes = {layer: _choose(layer, timed) for layer, timed in chosen.items()}
-    named = {
-        name: notes[layer]
-        for name, layer in model.named_modules()
-        if isinstance(layer, SampledBatchNorm) and layer in notes
-    }
-    changes = [_with_times(change, named.get(change.module)) for change in report.changes]
+    times: dict[SampledBatchNorm, list[str]] = {}
+    if prefer == "speed":
+        _choose_folded([call for call in calls if call.folded is not None], path, times)
+    if compiled:
+        _choose_decomposed([call for call in _calls(model, inputs) if call.folded is None], path, times)
+    layers = dict(model.named_modules())
+    changes = [_with_times(change, layers.get(change.module), times) for change in report.changes]
     return model, TransformReport(tuple(changes), report.refusals)
 
 
-def _choose(layer: SampledBatchNorm, timed: list[TunedCall]) -> tuple[float, float]:
-    """Fold a layer's convolution if that is faster over all its calls; give both times."""
-    apart, folded = (
-        sum(seconds) for seconds in zip(*((c.apart_seconds, c.folded_seconds) for c in timed), strict=True)
-    )
-    layer.folds_convolution = folded < apart
-    return apart, folded
+def _calls(model: nn.Module, inputs: tuple[Any, ...]) -> list[Call]:
+    with recorded() as calls:
+        training_outputs(model, inputs, exact=False, gradients=True)
+    return calls
 
 
-def _with_times(change: Change, times: tuple[float, float] | None) -> Change:
-    if times is None:
+def _choose_folded(calls: list[Call], path: Path, times: dict[SampledBatchNorm, list[str]]) -> None:
+    """Fold a layer's convolution if that is faster over all its calls."""
+    for layer, timed in _timed(calls, "calls", TunedCall, measure, path).items():
+        apart, folded = sum(call.apart_seconds for call in timed), sum(call.folded_seconds for call in timed)
+        layer.folds_convolution = folded < apart
+        times.setdefault(layer, []).append(f"{1e3 * folded:.3g} ms folded, {1e3 * apart:.3g} ms apart")
+
+
+def _choose_decomposed(calls: list[Call], path: Path, times: dict[SampledBatchNorm, list[str]]) -> None:
+    """Decompose a layer under `torch.compile` if that is faster over all its calls."""
+    for layer, timed in _timed(calls, "compiled", CompiledCall, measure_compiled, path).items():
+        operator = sum(call.operator_seconds for call in timed)
+        decomposed = sum(call.decomposed_seconds for call in timed)
+        layer.decomposes = decomposed < operator
+        said = f"compiled {1e3 * operator:.3g} ms as one operator, {1e3 * decomposed:.3g} ms decomposed"
+        times.setdefault(layer, []).append(said)
+
+
+def _timed(
+    calls: list[Call], kind: str, record: type[T], measure: Callable[[Call], tuple[float, float]], path: Path
+) -> dict[SampledBatchNorm, list[T]]:
+    """Give what each layer's calls take, from the file or measured and then kept there."""
+    plan = records.read(TuningPlan, path) if path.exists() else TuningPlan()
+    known = {timed.call: timed for timed in getattr(plan, kind)}
+    found: dict[SampledBatchNorm, list[T]] = {}
+    new = False
+    for call in calls:
+        spelled = _spell(call)
+        if spelled not in known:
+            known[spelled] = record(spelled, *measure(call))
+            new = True
+        found.setdefault(call.layer, []).append(known[spelled])
+    if new:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ordered = tuple(known[name] for name in sorted(known))
+        records.write(path, dataclasses.replace(plan, **{kind: ordered}))
+    return found
+
+
+def _with_times(change: Change, layer: nn.Module | None, times: dict[SampledBatchNorm, list[str]]) -> Change:
+    if not isinstance(layer, SampledBatchNorm) or layer not in times:
         return change
-    apart, folded = times
-    action = change.action if folded < apart else change.action.removeprefix("convolution + ")
-    return Change(change.module, f"{action} ({1e3 * folded:.3g} ms folded, {1e3 * apart:.3g} ms apart)")
+    action = change.action if layer.folds_convolution else change.action.removeprefix("convolution + ")
+    return Change(change.module, f"{action} ({'; '.join(times[layer])})")
 
 
-def measure(call: folding.Call) -> tuple[float, float]:
+def measure(call: Call) -> tuple[float, float]:
     """Time a call apart and folded, forward and backward, against each other; seconds, the medians of the rounds."""
-    module, layer = copy.deepcopy(call.folded.module), copy.deepcopy(call.layer)
-    if layer.virtual_mark is not None:
-        layer.virtual_mark = VirtualMark(call.input.shape[0])
+    assert call.folded is not None
+    module, layer = copy.deepcopy(call.folded.module), _copied(call)
     x, residual = _like(call.input, call.device), _like(call.residual, call.device)
     folded, activation = call.folded._replace(module=module), None if layer.activation else call.activation
-    forms = (
+    return _against_each_other(
         lambda: layer(module(x), residual, activation),
         lambda: layer(x, residual, activation, folded),
+        call.device,
     )
-    steps = [_training_step(form) for form in forms]
+
+
+def measure_compiled(call: Call) -> tuple[float, float]:
+    """Time a call under `torch.compile`, forward and backward, as one operator and decomposed; as `measure`."""
+    operator, decomposed = _copied(call), _copied(call)
+    operator.decomposes, decomposed.decomposes = False, True
+    x, residual = _like(call.input, call.device), _like(call.residual, call.device)
+    activation = None if operator.activation else call.activation
+    torch.compiler.reset()  # else later calls meet the limit of recompilations and run eagerly
+    one, other = (
+        partial(torch.compile(layer, fullgraph=True, dynamic=False), x, residual, activation)
+        for layer in (operator, decomposed)
+    )
+    times = _against_each_other(one, other, call.device)
+    torch.compiler.reset()
+    return times
+
+
+def _copied(call: Call) -> SampledBatchNorm:
+    layer = copy.deepcopy(call.layer)
+    if layer.virtual_mark is not None:
+        layer.virtual_mark = VirtualMark(call.input.shape[0])
+    return layer
+
+
+def _against_each_other(
+    one: Callable[[], Tensor], other: Callable[[], Tensor], device: torch.device
+) -> tuple[float, float]:
+    steps = [_training_step(form) for form in (one, other)]
     for step in steps:
         step()
-    repeats = [max(1, round(SHORTEST_SAMPLE / _seconds(step, 1, call.device))) for step in steps]
+    repeats = [max(1, round(SHORTEST_SAMPLE / _seconds(step, 1, device))) for step in steps]
     samples = [
-        [_seconds(step, times, call.device) / times for step, times in zip(steps, repeats, strict=True)]
+        [_seconds(step, times, device) / times for step, times in zip(steps, repeats, strict=True)]
         for _ in range(ROUNDS)
     ]
-    apart, together = (statistics.median(sample) for sample in zip(*samples, strict=True))
-    return apart, together
+    first, second = (statistics.median(sample) for sample in zip(*samples, strict=True))
+    return first, second
 
 
 def _like(sketch: Tensor | None, device: torch.device) -> Tensor | None:
@@ -157,13 +215,14 @@ def _wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _spell(call: folding.Call) -> str:
+def _spell(call: Call) -> str:
     """Say all that the time of a call depends on, besides the machine."""
     x = call.input
+    what, dtype = ("batch norm", x.dtype) if call.folded is None else (str(call.folded.module), call.folded.dtype)
     order = "".join(str(d) for d in sorted(range(x.ndim), key=lambda d: (-x.stride(d), d)))
     parts = [
-        re.sub(r"\s+", " ", str(call.folded.module)),
-        f"of {'x'.join(map(str, x.shape))} in order {order}, {call.folded.dtype} on {call.device.type}",
+        re.sub(r"\s+", " ", what),
+        f"of {'x'.join(map(str, x.shape))} in order {order}, {dtype} on {call.device.type}",
         f"statistics {call.layer.statistics}",
         *(["+ residual"] if call.residual is not None else []),
         *([f"+ {call.activation}"] if call.activation is not None else []),

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from leannorm import functional
 from leannorm.activation import Activation, as_activation
 from leannorm.methods import Method
-from leannorm.nn import folding
+from leannorm.nn import calls, folding
 from leannorm.nn.recompute import recomputing
 from leannorm.nn.tracing import Unscriptable, is_traced, record
 from leannorm.nn.virtual import VirtualMark
@@ -75,6 +75,7 @@ class SampledBatchNorm(Unscriptable, _BatchNorm):
     guard_nonfinite: bool = False
     frozen: bool = False
     folds_convolution: bool = False
+    decomposes: bool = False
     place: int = 0
     virtual_mark: VirtualMark | None = None
     qconfig = _RefuseSyncConversion()
@@ -150,6 +151,7 @@ class SampledBatchNorm(Unscriptable, _BatchNorm):
 
     def _train_forward(self, input: Tensor, residual: Tensor | None, activation: str | Activation | None) -> Tensor:
         self._check_mark(input)
+        calls.record(None, self, input, residual, activation)
         regions = self.statistics.regions_of(input, self.place)
         y, mean, var = functional.batch_norm(
             input,
@@ -159,6 +161,7 @@ class SampledBatchNorm(Unscriptable, _BatchNorm):
             eps=self.eps,
             residual=residual,
             activation=activation,
+            decomposed=self.decomposes,
         )
         self._take_in(input, mean, var, regions)
         return y
@@ -248,7 +251,9 @@ class SampledBatchNorm(Unscriptable, _BatchNorm):
         parts = [super().extra_repr(), f"statistics={self.target}"]
         if self.activation:
             parts.append(f"activation={self.activation}")
-        parts += [name for name in ("guard_nonfinite", "frozen", "folds_convolution") if getattr(self, name)]
+        parts += [
+            name for name in ("guard_nonfinite", "frozen", "folds_convolution", "decomposes") if getattr(self, name)
+        ]
         return ", ".join(parts)
 
 

@@ -6,8 +6,6 @@ see `leannorm.ops.conv_batch_norm`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leannorm import functional
-from leannorm.activation import Activation, as_activation
+from leannorm.activation import Activation
+from leannorm.nn import calls
 from leannorm.ops.conv_batch_norm import memory_format, output_shape
 from leannorm.statistics import FullBatch, Regions, Statistics
 
@@ -89,8 +88,7 @@ def conv_batch_norm(
     folded: Fold, layer: SampledBatchNorm, input: Tensor, residual: Tensor | None, activation: str | Activation | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Call `leannorm.functional.conv_batch_norm` with the parameters of a module and of the layer after it."""
-    if _recording is not None:
-        _recording.append(Call.of(folded, layer, input, residual, as_activation(activation)))
+    calls.record(folded, layer, input, residual, activation)
     module, x = folded.module, input.to(folded.dtype)
     stride = padding = dilation = ()
     groups = 1
@@ -117,48 +115,6 @@ def conv_batch_norm(
         residual=residual,
         activation=activation,
     )
-
-
-class Call(NamedTuple):
-    """A call of `conv_batch_norm`, its tensors on no device."""
-
-    folded: Fold
-    layer: SampledBatchNorm
-    input: Tensor
-    residual: Tensor | None
-    activation: Activation | None
-    device: torch.device
-
-    @classmethod
-    def of(
-        cls,
-        folded: Fold,
-        layer: SampledBatchNorm,
-        input: Tensor,
-        residual: Tensor | None,
-        activation: Activation | None,
-    ) -> Call:
-        """Record a call."""
-
-        def sketch(tensor: Tensor) -> Tensor:
-            return torch.empty_like(tensor, device="meta", requires_grad=tensor.requires_grad)
-
-        kept = None if residual is None else sketch(residual)
-        return cls(folded, layer, sketch(input), kept, activation, input.device)
-
-
-_recording: list[Call] | None = None
-
-
-@contextmanager
-def recorded() -> Iterator[list[Call]]:
-    """Collect the calls of `conv_batch_norm` that are made meanwhile."""
-    global _recording
-    before, _recording = _recording, []
-    try:
-        yield _recording
-    finally:
-        _recording = before
 
 
 def _shape(module: Foldable, input: Tensor) -> tuple[int, ...]:

@@ -109,6 +109,11 @@ def indices(x: Tensor, draw: Tensor | None, boxes: Sequence[int], *, read_draw: 
         yield tuple(index)
 
 
+def reads_draw(x: Tensor) -> bool:
+    """Whether the host may read what places the regions of x: it waits for no device, and no compiler looks on."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def moments(x: Tensor, draw: Tensor | None, boxes: Sequence[int], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of the mixture of the regions; zeros for an empty tensor."""
     dtype, dimensions = accumulation_dtype(x.dtype), reduced_dimensions(x)
@@ -118,7 +123,7 @@ def moments(x: Tensor, draw: Tensor | None, boxes: Sequence[int], weights: Seque
     if not boxes:
         var, mean = torch.var_mean(x.to(dtype), dimensions, correction=0)
         return mean, var
-    samples = [x[i].to(dtype) for i in indices(x, draw, boxes, read_draw=x.device.type == "cpu")]
+    samples = [x[i].to(dtype) for i in indices(x, draw, boxes, read_draw=reads_draw(x))]
     pairs = [torch.var_mean(sample, dimensions, correction=0) for sample in samples]
     if len(pairs) == 1:
         return pairs[0][1], pairs[0][0]

@@ -36,6 +36,7 @@ from leannorm.records.training import (
 )
 from leannorm.records.transforms import (
     Change,
+    CompiledCall,
     Explanation,
     LayerExplanation,
     LayerSparsity,
@@ -50,6 +51,7 @@ from leannorm.records.transforms import (
 
 __all__ = [
     "Change",
+    "CompiledCall",
     "Deployment",
     "Environment",
     "Epoch",

@@ -130,7 +130,17 @@ class TunedCall:
 
 
 @dataclass(frozen=True)
+class CompiledCall:
+    """What a batch norm takes under `torch.compile`, forward and backward: as one operator, and decomposed."""
+
+    call: str
+    operator_seconds: float
+    decomposed_seconds: float
+
+
+@dataclass(frozen=True)
 class TuningPlan:
     """What `leannorm.tune` measured on one machine."""
 
     calls: tuple[TunedCall, ...] = ()
+    compiled: tuple[CompiledCall, ...] = ()
