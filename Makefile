@@ -47,9 +47,10 @@ reproduce: env
 	$(BIN)/python experiments/reproduce.py $(EXPERIMENT) --scale $(SCALE)
 
 # Kernel tests and benchmarks on the GPU that is there, with what PYTHON has installed: no environment, nothing built.
-# Where the sources were copied without their repository, COMMIT tells the results which they are.
+# STAGES=layers,launches runs these alone. Where the sources were copied without their repository, COMMIT tells the
+# results which they are.
 gpu:
-	LEANNORM_COMMIT=$(or $(COMMIT),unknown) PYTHONPATH=src:$$PYTHONPATH $(PYTHON) -m leannorm.bench.gpu
+	LEANNORM_COMMIT=$(or $(COMMIT),unknown) PYTHONPATH=src:$$PYTHONPATH $(PYTHON) -m leannorm.bench.gpu $(STAGES)
 
 clean:
 	rm -rf .venv build runs

@@ -271,6 +271,9 @@ def training(
     compiled: Compiled = None,
     repeats: Repeats = 11,
     settle: Annotated[int, typer.Option(help="Untimed steps of a side before each of its samples.")] = 1,
+    folded: Annotated[
+        bool | None, typer.Option(help="Time + fuse convolution and + tune too; on cuda not if left out.")
+    ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     threads: Threads = None,
@@ -292,6 +295,7 @@ def training(
             repeats=repeats,
             settle=settle,
             seed=seed,
+            folded=folded,
             models=listed(models),
             dtype=dtype,
         )
@@ -349,7 +353,7 @@ def _measure(plan: Plan, *, quick: bool, threads: int | None, out: Path | None, 
         typer.echo(str(red), err=True)
         raise typer.Exit(1) from red
     except KeyboardInterrupt as error:
-        typer.echo("interrupted: nothing is kept", err=True)
+        typer.echo("interrupted: the file holds the cases that were timed, if any was", err=True)
         raise typer.Exit(130) from error
     rich.print(tables(results))
     typer.echo(f"raw results: {file}")

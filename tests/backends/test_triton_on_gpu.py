@@ -28,6 +28,12 @@ def _float32_in_full():
     torch.backends.cudnn.allow_tf32 = False
 
 
+@pytest.fixture(autouse=True)
+def _memory_for_the_others():
+    yield  # several processes may test on the GPU
+    torch.cuda.empty_cache()
+
+
 def tensors(shape=(16, 24, 14, 14), dtype=torch.bfloat16, *, channels_last=True):
     generator = torch.Generator("cuda").manual_seed(0)
     x, residual, dy = (torch.randn(shape, device="cuda", generator=generator).to(dtype) for _ in range(3))

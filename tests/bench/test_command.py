@@ -45,7 +45,7 @@ def test_training(tmp_path):
     assert "grid:1/8 + fuse" in measured.stdout
 
 
-def test_a_red_gate_exits_with_1_and_writes_nothing(tmp_path, monkeypatch):
+def test_a_red_gate_exits_with_1_and_its_checks_are_written(tmp_path, monkeypatch):
     right = layers._gradients
 
     def wrong(layer, *arguments):
@@ -59,7 +59,33 @@ def test_a_red_gate_exits_with_1_and_writes_nothing(tmp_path, monkeypatch):
     assert "the correctness gate is red, so nothing was timed:" in measured.stderr
     assert "grid:1/8: y has the relative error" in measured.stderr
     assert measured.stdout == ""
-    assert not file.exists()
+    found = results.read(file)
+    assert [case.timings for case in found.cases] == [()] * len(found.cases)
+    assert {check.side for check in found.cases[0].checks if check.error > check.limit} == {"grid:1/8"}
+    shown = bench("table", file)
+    assert shown.exit_code == 0
+    assert "GATE RED, so nothing was timed:" in shown.stdout
+    assert "grid:1/8: y has the relative error" in shown.stdout
+
+
+def test_what_was_timed_before_an_interruption_is_kept(tmp_path, monkeypatch):
+    right, timed = layers.measure, []
+
+    def measure(case, plan):
+        if len(timed) == 2:
+            raise KeyboardInterrupt
+        timed.append(right(case, plan))
+        return timed[-1]
+
+    monkeypatch.setattr(layers, "measure", measure)
+    file = tmp_path / "layers.json"
+    interrupted = bench("layers", *QUICK, "--out", file)
+    assert interrupted.exit_code == 130
+    assert "interrupted: the file holds the cases that were timed, if any was" in interrupted.stderr
+    cases = results.read(file).cases
+    assert [case.timings for case in cases] == [*timed, (), (), (), ()]
+    assert all(case.checks for case in cases)
+    assert "PARTIAL: 2 of 6 cases were timed." in bench("table", file).stdout
 
 
 def test_earlier_results_are_not_replaced_unasked(tmp_path, monkeypatch):
@@ -74,7 +100,7 @@ def test_earlier_results_are_not_replaced_unasked(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("error", "code", "message"),
-    [(KeyboardInterrupt(), 130, "interrupted: nothing is kept\n"), (RedGate(["a case"]), 1, "a case")],
+    [(KeyboardInterrupt(), 130, "interrupted: "), (RedGate(["a case"]), 1, "a case")],
 )
 def test_exit_codes(tmp_path, monkeypatch, error, code, message):
     def fail(*_, **__):

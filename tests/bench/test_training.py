@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -13,14 +15,23 @@ TUNED = "grid:1/8 + tune"
 
 
 def test_run_checks_and_times_every_side():
-    benchmark = training.run(PLAN, conditions(PLAN))
+    checked, benchmark = training.run(PLAN, conditions(PLAN))
     (case,) = benchmark.cases
+    assert checked.cases == (dataclasses.replace(case, saved=(), timings=()),)
     assert case.model == "resnet18"
     assert [timing.side for timing in case.timings] == ["torch", *SIDES, TUNED, "ceiling"]
     assert {(check.side, check.tensor) for check in case.checks} == {
         (side, tensor) for side in SIDES for tensor in ("logits", "gradients")
     }
     assert [kept.side for kept in case.saved] == ["torch", *SIDES, TUNED]
+
+
+def test_sides_that_fold_convolutions_are_left_out_where_they_are_not_asked_for():
+    plan = dataclasses.replace(PLAN, folded=False, repeats=1)
+    *_, benchmark = training.run(plan, conditions(plan))
+    (case,) = benchmark.cases
+    assert [timing.side for timing in case.timings] == ["torch", *SIDES[:-1], "ceiling"]
+    assert {check.side for check in case.checks} == set(SIDES[:-1])
 
 
 def test_a_wrong_side_stops_everything(monkeypatch):
@@ -34,7 +45,7 @@ def test_a_wrong_side_stops_everything(monkeypatch):
     monkeypatch.setattr(training, "fuse", fuse)
     monkeypatch.setattr(training, "measure", lambda *_: pytest.fail("timed behind a red gate"))
     with pytest.raises(RedGate, match=r"resnet18: full \+ fuse: ") as red:
-        training.run(PLAN, conditions(PLAN))
+        list(training.run(PLAN, conditions(PLAN)))
     assert "resnet18: full:" not in str(red.value)
 
 
@@ -42,7 +53,7 @@ def test_a_misspelt_model_is_told_before_anything_is_measured(monkeypatch):
     monkeypatch.setattr(training, "check", lambda *_: pytest.fail("checked"))
     plan = quickly(TrainingPlan(models=("resnet18", "resnet51")))
     with pytest.raises(ValueError, match=r"unknown model 'torchvision:resnet51' \(did you mean"):
-        training.run(plan, conditions(plan))
+        list(training.run(plan, conditions(plan)))
 
 
 def test_the_ceiling_has_additions_and_nothing_to_normalize_or_activate():

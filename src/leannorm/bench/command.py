@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def measure(
     plan: Plan, *, threads: int | None = None, out: Path | None = None, overwrite: bool = False, progress: bool = False
 ) -> tuple[LayerBenchmark | TrainingBenchmark, Path]:
-    """Run a plan and write the raw results.
+    """Run a plan and write the raw results: the checks, and anew after each case that was timed.
 
     Args:
         plan: of layers or of training.
@@ -36,7 +36,7 @@ def measure(
 
     Raises:
         FileExistsError: if the file is there; nothing is measured.
-        RedGate: if a side is less accurate than it may be; nothing is timed, nothing written.
+        RedGate: if a side is less accurate than it may be; the file then holds the checks, and no timings.
         ValueError: for a number of threads below 1, or a device that is not there.
     """
     if threads is not None:
@@ -47,13 +47,16 @@ def measure(
     out = _file("layers" if isinstance(plan, LayerPlan) else "training", described, out, overwrite)
     match plan:
         case LayerPlan():
-            results = layers.run(plan, described, progress=progress)
+            states = layers.run(plan, described, progress=progress)
         case TrainingPlan():
-            results = training.run(plan, described, progress=progress)
+            states = training.run(plan, described, progress=progress)
         case _:
             raise TypeError(f"expected a LayerPlan or a TrainingPlan, got {plan!r}")
     out.parent.mkdir(parents=True, exist_ok=True)
+    results = next(states)
     records.write(out, results)
+    for results in states:
+        records.write(out, results)
     return results, out
 
 

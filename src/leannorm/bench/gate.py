@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from leannorm.bench.results import Check
+from leannorm.bench.results import Check, LayerCase
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
+
+    from leannorm.bench.results import TrainingCase
 
 FACTOR = 2.0
 
@@ -65,6 +67,17 @@ def failures(where: str, checks: Iterable[Check]) -> list[str]:
         for c in checks
         if not c.error <= c.limit
     ]
+
+
+def red(cases: Iterable[LayerCase | TrainingCase]) -> list[str]:
+    """Give a sentence for each check of the cases that is red."""
+    return [failure for case in cases for failure in failures(_name(case), case.checks)]
+
+
+def _name(case: LayerCase | TrainingCase) -> str:
+    if isinstance(case, LayerCase):
+        return f"{case.operation} {case.shape} {case.layout} {case.dtype}"
+    return case.model
 
 
 def _relative_errors(name: str, trials: Sequence[Mapping[str, Tensor]], exact: Tensor) -> list[float]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from leannorm.bench import timing
 from leannorm.bench.layers import Case, sides, stepping
 from leannorm.bench.results import Conditions
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from leannorm.bench.plan import LayerPlan
 
 SHAPE = (2, 64, 8, 8)  # so small that the device is always done before the host
-STEPS, WARM_UP = 50, 20
 
 
 @dataclass(frozen=True)
@@ -41,37 +40,37 @@ class LaunchBenchmark:
 
 
 def run(plan: LayerPlan, conditions: Conditions) -> LaunchBenchmark:
-    """Count and time; nothing is checked, since the same layers pass the gate of `leannorm.bench.layers`.
+    """Time, then count; nothing is checked, since the same layers pass the gate of `leannorm.bench.layers`.
 
     Raises:
         ValueError: for a plan of another device than a GPU.
     """
     if torch.device(plan.device).type != "cuda":
         raise ValueError(f"launches are those of a GPU, got the device {plan.device!r}; use --device cuda")
-    cases = []
+    measured = []
     for operation in plan.operations:
         case = Case(operation, SHAPE, "channels_last", "bf16", plan.device, plan.seed)
-        for side, layer in sides(case, dataclasses.replace(plan, compiled=False)).items():
-            step = stepping(layer, case)
-            for _ in range(WARM_UP):
-                step()
-            seconds = tuple(_submitted(step) for _ in range(plan.repeats))
-            cases.append(LaunchCase(operation, side, _launches(step), seconds))
+        layers = sides(case, dataclasses.replace(plan, compiled=False))
+        steps = {side: stepping(layer, case) for side, layer in layers.items()}
+        timed = timing.interleave(steps, repeats=plan.repeats, seed=plan.seed, device=plan.device, submission=True)
+        measured.append((operation, steps, timed))
+    cases = [  # once all are timed, since a profiler may slow down what follows
+        LaunchCase(operation, each.side, _launches(steps[each.side]), each.seconds)
+        for operation, steps, timed in measured
+        for each in timed
+    ]
     return LaunchBenchmark("launches", conditions, tuple(cases))
 
 
-def _submitted(step: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
-    start = time.perf_counter_ns()
-    for _ in range(STEPS):
-        step()
-    elapsed = time.perf_counter_ns() - start
-    torch.cuda.synchronize()
-    return elapsed / 1e9 / STEPS
-
-
 def _launches(step: Callable[[], object]) -> int:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with _profile():  # the first one may miss what is launched while it starts
+        step()
+        torch.cuda.synchronize()
+    with _profile() as profile:
         step()
         torch.cuda.synchronize()
     return sum(event.device_type.name == "CUDA" for event in profile.events() or ())
+
+
+def _profile() -> torch.profiler.profile:
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])

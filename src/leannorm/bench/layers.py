@@ -22,7 +22,7 @@ from leannorm.spelling import parse_statistics
 from leannorm.statistics import FullBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from leannorm.bench.plan import LayerPlan
     from leannorm.bench.results import Check, Conditions, Timing
@@ -94,8 +94,11 @@ class TorchLayer(nn.Module):
         return y if self.relu is None else self.relu(y)
 
 
-def run(plan: LayerPlan, conditions: Conditions, *, progress: bool = False) -> LayerBenchmark:
+def run(plan: LayerPlan, conditions: Conditions, *, progress: bool = False) -> Iterator[LayerBenchmark]:
     """Check every case, then time every case.
+
+    Yields:
+        What is known so far: the checks of all cases, then the same with the timings of one case more each time.
 
     Raises:
         RedGate: if a side of any case is less accurate than it may be; nothing is timed then.
@@ -107,25 +110,17 @@ def run(plan: LayerPlan, conditions: Conditions, *, progress: bool = False) -> L
             plan.operations, plan.layouts, plan.dtypes, shapes[:QUICK_SHAPES] if plan.quick else shapes
         )
     ]
-    checks = [check(case, plan) for case in track(cases, "checking", shown=progress)]
-    failures = [
-        failure
-        for case, found in zip(cases, checks, strict=True)
-        for failure in gate.failures(f"{case.operation} {case.shape} {case.layout} {case.dtype}", found)
+    found = [
+        LayerCase(case.operation, case.shape, case.layout, case.dtype, check(case, plan), ())
+        for case in track(cases, "checking", shown=progress)
     ]
-    if failures:
-        raise gate.RedGate(failures)
-    timings = [measure(case, plan) for case in track(cases, "timing", shown=progress)]
-    return LayerBenchmark(
-        kind="layers",
-        conditions=conditions,
-        image_size=plan.image_size,
-        batch=plan.batch,
-        cases=tuple(
-            LayerCase(case.operation, case.shape, case.layout, case.dtype, found, timed)
-            for case, found, timed in zip(cases, checks, timings, strict=True)
-        ),
-    )
+    benchmark = LayerBenchmark("layers", conditions, plan.image_size, plan.batch, tuple(found))
+    yield benchmark
+    if red := gate.red(found):
+        raise gate.RedGate(red)
+    for i, case in enumerate(track(cases, "timing", shown=progress)):
+        found[i] = dataclasses.replace(found[i], timings=measure(case, plan))
+        yield dataclasses.replace(benchmark, cases=tuple(found))
 
 
 def sides(case: Case, plan: LayerPlan) -> dict[str, nn.Module]:

@@ -92,8 +92,9 @@ class TrainingPlan(Plan):
     """What `leannorm bench training` measures: the step of each torchvision model, channels_last.
 
     ``dtype`` bf16 is autocast: parameters and optimizer stay in fp32. The gate, in float64 too, takes at most
-    ``gate_batch`` images. Each sample follows ``settle`` untimed steps of the same model, as a training's steps follow
-    each other: after another model's step the C library has other memory at hand.
+    ``gate_batch`` images. ``folded`` adds the sides that fold convolutions into sampled layers: all that can be, and
+    those where `leannorm.tune` finds it faster. Each sample follows ``settle`` untimed steps of the same model, as a
+    training's steps follow each other: after another model's step the C library has other memory at hand.
     """
 
     ON_CUDA: ClassVar = {
@@ -102,10 +103,12 @@ class TrainingPlan(Plan):
         "models": ("resnet50", "densenet121"),
         "dtype": "bf16",
         "gate_batch": 16,
+        "folded": False,
     }
 
     batch: int = 8
     gate_batch: int = 2**31
+    folded: bool = True
     settle: int = 1
     dtype: str = "fp32"
     models: tuple[str, ...] = ("resnet50", "densenet121", "efficientnet_b0", "mobilenet_v3_large", "regnet_y_400mf")

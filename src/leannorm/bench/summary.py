@@ -13,16 +13,18 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from leannorm.bench import gate
 from leannorm.bench.timing import REPLAYED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from leannorm.bench.results import LayerBenchmark, LayerCase, Timing, TrainingBenchmark
+    from leannorm.bench.results import LayerBenchmark, LayerCase, Timing, TrainingBenchmark, TrainingCase
 
 PASSES = {"bn": 5, "bn+relu": 5, "bn+add+relu": 7}
 BYTES = {"fp32": 4, "bf16": 2}
 COPY_PASSES = 2
+GATE_RED = "gate red"
 BEYOND_CACHE = 2  # times the last-level cache: from here on a copy goes through memory
 
 
@@ -66,8 +68,9 @@ class TrainingRow:
 def layer_rows(benchmark: LayerBenchmark) -> list[LayerRow]:
     """Summarize each operation and side, over everything first and then by layout and dtype; the floor is a side."""
     rows = []
-    for operation in dict.fromkeys(case.operation for case in benchmark.cases):
-        cases = [case for case in benchmark.cases if case.operation == operation]
+    timed = [case for case in benchmark.cases if case.timings]
+    for operation in dict.fromkeys(case.operation for case in timed):
+        cases = [case for case in timed if case.operation == operation]
         kinds = list(dict.fromkeys((case.layout, case.dtype) for case in cases))
         groups = {kind: [case for case in cases if (case.layout, case.dtype) == kind] for kind in kinds}
         if len(kinds) > 1:
@@ -111,6 +114,14 @@ def training_rows(benchmark: TrainingBenchmark) -> list[TrainingRow]:
         mean = mean_quartiles(row.speedup for row in over)
         rows.append(TrainingRow("geometric mean", side, mean, geometric_mean(shares) if shares else None))
     return rows
+
+
+def status(cases: Sequence[LayerCase | TrainingCase]) -> str:
+    """Say what keeps cases from being told in full: a red gate, or that some were not timed; nothing where all were."""
+    if gate.red(cases):
+        return GATE_RED
+    timed = sum(bool(case.timings) for case in cases)
+    return "" if timed == len(cases) else f"{timed} of {len(cases)} cases"
 
 
 def speedup(case: LayerCase, side: str) -> list[float]:

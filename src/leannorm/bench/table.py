@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from leannorm.bench import gate
 from leannorm.bench.results import LayerBenchmark
-from leannorm.bench.summary import layer_rows, training_rows
+from leannorm.bench.summary import layer_rows, status, training_rows
 
 try:
     from rich.box import SIMPLE_HEAD
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
 
 
 def tables(benchmark: LayerBenchmark | TrainingBenchmark) -> Group:
-    """Show how many times faster than torch each side is, and under which conditions."""
-    shown = _layers(benchmark) if isinstance(benchmark, LayerBenchmark) else [_training(benchmark)]
+    """Show how many times faster than torch each side is, and under which conditions; where the gate was red, why."""
+    shown = []
+    if any(case.timings for case in benchmark.cases):
+        shown = _layers(benchmark) if isinstance(benchmark, LayerBenchmark) else [_training(benchmark)]
     return Group(*map(Text, _heading(benchmark)), *shown)
 
 
@@ -89,4 +92,8 @@ def _heading(benchmark: LayerBenchmark | TrainingBenchmark) -> list[str]:
         f"{versions.get('torch', 'unknown')}, commit {conditions.environment.commit[:10]}, allocator {allocator}; "
         f"medians of {conditions.repeats} interleaved rounds."
     )
-    return [what, where, *(["QUICK: tiny sizes, which prove nothing about speed."] if conditions.quick else [])]
+    quick = ["QUICK: tiny sizes, which prove nothing about speed."] if conditions.quick else []
+    if red := gate.red(benchmark.cases):
+        return [what, where, *quick, "GATE RED, so nothing was timed:", *red]
+    partial = status(benchmark.cases)
+    return [what, where, *quick, *([f"PARTIAL: {partial} were timed."] if partial else [])]

@@ -5,21 +5,22 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from leannorm import records
 from leannorm.bench import results, summary
-from leannorm.bench.launches import LaunchBenchmark
+from leannorm.bench.launches import LaunchBenchmark, LaunchCase
 from leannorm.bench.results import LayerBenchmark, TrainingBenchmark
 from leannorm.bench.timing import REPLAYED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from leannorm.bench.results import Timing
+    from leannorm.bench.results import Conditions, LayerCase, Timing, TrainingCase
 
     Recorded = Sequence[LayerBenchmark | TrainingBenchmark | LaunchBenchmark]
-    Figure = Callable[[Recorded], float | None]
+    Cell = Callable[[Recorded], str | None]
+    Figure = Callable[[Any, Conditions], float | None]
 
 RESULTS = Path("benchmarks/results")
 NOT_MEASURED = "not measured"
@@ -31,21 +32,19 @@ class Target:
 
     what: str
     wanted: str
-    figure: Figure
-    spelling: str = "{:.2f}x"
+    cell: Cell
 
 
 def table(folder: Path = RESULTS) -> str:
-    """Give every target with what was measured of it on each GPU, as a Markdown table."""
-    recorded = _recorded(folder)
-    devices = sorted({result.conditions.device for result in recorded}) or ["GPU"]
-    lines = ["| figure | wanted | " + " | ".join(devices) + " |", "|---|---|" + "---|" * len(devices)]
+    """Give every target with what was measured of it on each GPU at each commit, as a Markdown table."""
+    columns: dict[str, list[LayerBenchmark | TrainingBenchmark | LaunchBenchmark]] = {}
+    for result in _recorded(folder):
+        columns.setdefault(f"{result.conditions.device}, {result.conditions.environment.commit[:7]}", []).append(result)
+    columns = dict(sorted(columns.items())) or {"GPU": []}
+    lines = ["| figure | wanted | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
     for target in TARGETS:
-        shown = []
-        for device in devices:
-            figure = target.figure([result for result in recorded if result.conditions.device == device])
-            shown.append(NOT_MEASURED if figure is None else target.spelling.format(figure))
-        lines.append(f"| {target.what} | {target.wanted} | {' | '.join(shown)} |")
+        cells = (target.cell(recorded) or NOT_MEASURED for recorded in columns.values())
+        lines.append(f"| {target.what} | {target.wanted} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -59,65 +58,69 @@ def _recorded(folder: Path) -> Recorded:
     return [result for result in found if result.conditions.device != "cpu" and not result.conditions.quick]
 
 
-def _layer(operation: str, side: str, peer: str) -> Figure:
-    """Times faster than the peer: over the shapes the geometric mean of medians."""
+def _over_cases(name: str, figure: Figure, show: Callable[[float], str] = "{:.2f}x".format) -> Cell:
+    """Show the geometric mean of a figure over an operation's shapes, or over a model's results."""
 
-    def figure(recorded: Recorded) -> float | None:
-        ratios = [_median_ratio(case.timings, side, peer) for case in _cases(recorded, operation)]
-        known = [ratio for ratio in ratios if ratio is not None]
-        return summary.geometric_mean(known) if known else None
+    def cell(recorded: Recorded) -> str | None:
+        told = [r for r in recorded if not isinstance(r, LaunchBenchmark) and name in map(_name, r.cases)]
+        if any(summary.status(result.cases) == summary.GATE_RED for result in told):
+            return summary.GATE_RED
+        own = [(case, result.conditions) for result in told for case in result.cases if _name(case) == name]
+        known = [found for case, where in own if case.timings and (found := figure(case, where)) is not None]
+        if not known:
+            return None
+        partial = summary.status([case for case, _ in own])
+        return show(summary.geometric_mean(known)) + (f" ({partial})" if partial else "")
 
-    return figure
+    return cell
 
 
-def _floor(operation: str, side: str) -> Figure:
+def _name(case: LayerCase | TrainingCase) -> str:
+    return case.operation if isinstance(case, results.LayerCase) else case.model
+
+
+def _layer(operation: str, side: str, peer: str) -> Cell:
+    """Times faster than the peer."""
+    return _over_cases(operation, lambda case, _: _median_ratio(case.timings, side, peer))
+
+
+def _floor(operation: str, side: str) -> Cell:
     """The share of the measured copy bandwidth, over the shapes well beyond the cache."""
 
-    def figure(recorded: Recorded) -> float | None:
-        shares = [
-            statistics.median(summary.floor_share(case, side))
-            for result in recorded
-            for case in _cases([result], operation)
-            if summary.is_beyond_cache(case, result.conditions.cache_bytes)
-            and side in {timing.side for timing in case.timings}
-        ]
-        return summary.geometric_mean(shares) if shares else None
+    def figure(case: LayerCase, conditions: Conditions) -> float | None:
+        timed = side in {timing.side for timing in case.timings}
+        if not timed or not summary.is_beyond_cache(case, conditions.cache_bytes):
+            return None
+        return statistics.median(summary.floor_share(case, side))
 
-    return figure
+    return _over_cases(operation, figure, "{:.0%}".format)
 
 
-def _cases(recorded: Recorded, operation: str) -> list[results.LayerCase]:
-    layers = [result for result in recorded if isinstance(result, LayerBenchmark)]
-    return [case for result in layers for case in result.cases if case.operation == operation]
+def _training(model: str, side: str, peer: str, show: Callable[[float], str] = "{:.2f}x".format) -> Cell:
+    """Times faster than the peer, or what is shown of it."""
+    return _over_cases(model, lambda case, _: _median_ratio(case.timings, side, peer), show)
 
 
-def _training(model: str, side: str, peer: str) -> Figure:
-    def figure(recorded: Recorded) -> float | None:
-        trained = [result for result in recorded if isinstance(result, TrainingBenchmark)]
-        ratios = [_median_ratio(c.timings, side, peer) for result in trained for c in result.cases if c.model == model]
-        known = [ratio for ratio in ratios if ratio is not None]
-        return summary.geometric_mean(known) if known else None
+def _launching(operation: str, side: str, show: Callable[[LaunchCase, LaunchCase], str]) -> Cell:
+    """What is shown of a side and of torch."""
 
-    return figure
-
-
-def _share_of_step(recorded: Recorded) -> float | None:
-    faster = _training("resnet50", "ceiling", "torch")(recorded)
-    return None if faster is None else 1 - 1 / faster
-
-
-def _launching(operation: str, side: str) -> Figure:
-    """The host's time for a step over torch's."""
-
-    def figure(recorded: Recorded) -> float | None:
+    def cell(recorded: Recorded) -> str | None:
         for result in recorded:
             if isinstance(result, LaunchBenchmark):
-                seconds = {c.side: statistics.median(c.seconds) for c in result.cases if c.operation == operation}
-                if side in seconds:
-                    return seconds[side] / seconds["torch"]
+                cases = {case.side: case for case in result.cases if case.operation == operation}
+                if side in cases:
+                    return show(cases[side], cases["torch"])
         return None
 
-    return figure
+    return cell
+
+
+def _host_time(ours: LaunchCase, torchs: LaunchCase) -> str:
+    return f"{statistics.median(ours.seconds) / statistics.median(torchs.seconds):.2f}"
+
+
+def _launches(ours: LaunchCase, torchs: LaunchCase) -> str:
+    return f"{ours.launches} / {torchs.launches}"
 
 
 def _median_ratio(timings: Sequence[Timing], side: str, peer: str) -> float | None:
@@ -140,12 +143,17 @@ TARGETS = (
         for how in ("", REPLAYED)
     ),
     *(
-        Target(
-            f"bn+relu, {side}{REPLAYED}, of the copy bandwidth", ">= 75%", _floor("bn+relu", side + REPLAYED), "{:.0%}"
-        )
+        Target(f"bn+relu, {side}{REPLAYED}, of the copy bandwidth", ">= 75%", _floor("bn+relu", side + REPLAYED))
         for side in ("full", "grid:1/32")
     ),
-    Target("bn+add+relu, grid:1/32, host time over torch's", "<= 1", _launching("bn+add+relu", "grid:1/32"), "{:.2f}"),
+    Target(
+        "bn+add+relu, grid:1/32, host time over torch's", "<= 1", _launching("bn+add+relu", "grid:1/32", _host_time)
+    ),
+    Target(
+        "bn+add+relu, grid:1/32, launches, ours / torch's",
+        "<= torch's",
+        _launching("bn+add+relu", "grid:1/32", _launches),
+    ),
     *(
         Target(f"{model} step, grid:1/32 + fuse, against {peer}", wanted, _training(model, "grid:1/32 + fuse", peer))
         for model, peer, wanted in (
@@ -154,5 +162,9 @@ TARGETS = (
             ("densenet121", "torch", ">= 1.3x"),
         )
     ),
-    Target("share of BN and ReLU in torch's resnet50 step", "", _share_of_step, "{:.0%}"),
+    Target(
+        "share of BN and ReLU in torch's resnet50 step",
+        "",
+        _training("resnet50", "ceiling", "torch", lambda faster: f"{1 - 1 / faster:.0%}"),
+    ),
 )

@@ -29,6 +29,7 @@ def interleave(
     shortest_sample: float = SHORTEST_SAMPLE,
     rest: float = 0.0,
     untimed: int = 0,
+    submission: bool = False,
 ) -> tuple[Timing, ...]:
     """Time steps against each other.
 
@@ -44,11 +45,13 @@ def interleave(
         rest: seconds to sleep before each sample, and then to warm up by one untimed iteration: threads of another
             side's library may go on spinning for a while after its last iteration.
         untimed: iterations before each sample, until caches and the allocator are as this side alone would have them.
+        submission: on "cuda" time the host, until it has submitted a sample's work to an idle device.
 
     Returns:
         One timing a side, in the order of ``steps``.
     """
-    seconds_of = _cuda_seconds if torch.device(device).type == "cuda" else _cpu_seconds
+    on_cuda = _submission_seconds if submission else _cuda_seconds
+    seconds_of = on_cuda if torch.device(device).type == "cuda" else _cpu_seconds
     iterations = {side: _iterations(step, seconds_of, shortest_sample) for side, step in steps.items()}
     samples: dict[str, list[float]] = {side: [] for side in steps}
     order = list(steps)
@@ -104,6 +107,13 @@ def _cuda_seconds(step: Callable[[], object], iterations: int) -> float:
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end) / 1e3 / iterations
+
+
+def _submission_seconds(step: Callable[[], object], iterations: int) -> float:
+    torch.cuda.synchronize()
+    seconds = _cpu_seconds(step, iterations)
+    torch.cuda.synchronize()
+    return seconds
 
 
 @contextmanager

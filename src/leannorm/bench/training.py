@@ -26,7 +26,7 @@ from leannorm.statistics import FullBatch
 from leannorm.train.models import build
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from leannorm.bench.plan import TrainingPlan
     from leannorm.bench.results import Check, Conditions, Timing
@@ -38,8 +38,11 @@ TUNED = " + tune"
 TRIALS = 3
 
 
-def run(plan: TrainingPlan, conditions: Conditions, *, progress: bool = False) -> TrainingBenchmark:
+def run(plan: TrainingPlan, conditions: Conditions, *, progress: bool = False) -> Iterator[TrainingBenchmark]:
     """Check every model, then time every model.
+
+    Yields:
+        What is known so far: the checks of all models, then the same with the timings of one model more each time.
 
     Raises:
         RedGate: if a side of any model is less accurate than it may be; nothing is timed then.
@@ -47,15 +50,8 @@ def run(plan: TrainingPlan, conditions: Conditions, *, progress: bool = False) -
     """
     for name in plan.models:
         build(f"torchvision:{name}", classes=CLASSES, channels=3)  # a misspelt name is told before minutes of checks
-    checks = [check(name, plan) for name in track(plan.models, "checking", shown=progress)]
-    red = [line for name, found in zip(plan.models, checks, strict=True) for line in gate.failures(name, found)]
-    if red:
-        raise gate.RedGate(red)
-    cases = []
-    for name, found in zip(track(plan.models, "timing", shown=progress), checks, strict=True):
-        kept, timed = measure(name, plan)
-        cases.append(TrainingCase(name, found, kept, timed))
-    return TrainingBenchmark(
+    cases = [TrainingCase(name, check(name, plan), (), ()) for name in track(plan.models, "checking", shown=progress)]
+    benchmark = TrainingBenchmark(
         kind="training",
         conditions=conditions,
         image_size=plan.image_size,
@@ -65,6 +61,13 @@ def run(plan: TrainingPlan, conditions: Conditions, *, progress: bool = False) -
         settle=plan.settle,
         cases=tuple(cases),
     )
+    yield benchmark
+    if red := gate.red(cases):
+        raise gate.RedGate(red)
+    for i, name in enumerate(track(plan.models, "timing", shown=progress)):
+        saved, timings = measure(name, plan)
+        cases[i] = dataclasses.replace(cases[i], saved=saved, timings=timings)
+        yield dataclasses.replace(benchmark, cases=tuple(cases))
 
 
 @torch.no_grad()
@@ -89,7 +92,7 @@ def ceiling(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 def sides(model: nn.Module, plan: TrainingPlan) -> dict[str, nn.Module]:
-    """Make copies of a model: torch's own, and for each source converted, fused, and with its convolutions folded."""
+    """Make copies of a model: torch's own, and for each source converted, fused, and with convolutions folded."""
     models = {"torch": copy.deepcopy(model)}
     if plan.compiled:
         torch.compiler.reset()
@@ -98,7 +101,7 @@ def sides(model: nn.Module, plan: TrainingPlan) -> dict[str, nn.Module]:
     for spelling in plan.statistics:
         models[spelling] = _converted(model, spelling)
         models[spelling + FUSED] = fuse(_converted(model, spelling))[0]
-        if _is_sampled(spelling):
+        if plan.folded and _is_sampled(spelling):
             models[spelling + FOLDED] = fuse(_converted(model, spelling), convolution=True)[0]
     return models
 
@@ -108,7 +111,7 @@ def measure(name: str, plan: TrainingPlan) -> tuple[tuple[SavedBytes, ...], tupl
     model, images, labels = _setting(name, plan)
     models = sides(model, plan)
     with tempfile.TemporaryDirectory() as folder:  # what an earlier run measured does not count
-        for spelling in filter(_is_sampled, plan.statistics):
+        for spelling in filter(_is_sampled, plan.statistics if plan.folded else ()):
             with autocast(plan):  # what is fastest depends on the dtype
                 tuned, _ = tune(_converted(model, spelling), images, plan=Path(folder) / "plan.json")
             models[spelling + TUNED] = tuned

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import nn
 
 import leannorm
@@ -18,6 +17,11 @@ from leannorm.records import TrainingRun
 from leannorm.train import models
 from leannorm.train.configuration import Configuration
 from leannorm.train.data import ImageData, open_data
+
+try:
+    from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+except ImportError as missing:
+    raise ImportError(f"Checkpoints need Lightning: pip install 'leannorm[train]' (got: {missing})") from missing
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import lightning.pytorch as L
 import torch
-from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from leannorm.train.image_folder import Folder, ImageReader, open_folder, stratified_split
@@ -22,6 +20,14 @@ from leannorm.train.pipeline import (
     ValidationImages,
     mean_and_std,
 )
+
+try:
+    import lightning.pytorch as L
+    from sklearn.datasets import load_digits
+except ImportError as missing:
+    raise ImportError(
+        f"Image data need Lightning and scikit-learn: pip install 'leannorm[train]' (got: {missing})"
+    ) from missing
 
 
 class ImageData(L.LightningDataModule):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -43,12 +44,10 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str:
-    package = Path(str(leannorm.__file__)).resolve().parent
-    repository = package.parent.parent
-    if not (repository / ".git").exists():  # installed or copied: a repository further up would be somebody else's
-        return os.environ.get("LEANNORM_COMMIT", "unknown")
-    try:
-        command = ["git", "-C", str(repository), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    repository = Path(str(leannorm.__file__)).resolve().parents[2]
+    if (repository / ".git").exists():  # installed or copied: a repository further up would be somebody else's
+        trusted = f"safe.directory={repository}"  # git refuses what belongs to another user, as in a container
+        command = ["git", "-c", trusted, "-C", str(repository), "rev-parse", "HEAD"]
+        with suppress(OSError, subprocess.CalledProcessError):
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return os.environ.get("LEANNORM_COMMIT", "unknown")

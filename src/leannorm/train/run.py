@@ -9,11 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as L
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, RichProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 import leannorm
@@ -26,6 +22,14 @@ from leannorm.train.environment import environment
 from leannorm.train.layers import TRACE, LayerRecorder
 from leannorm.train.module import ImageClassifier, penalized
 from leannorm.train.recorder import BEST, INTERRUPTED, LAST, METRICS, RUN, Recorder
+
+try:
+    import lightning.pytorch as L
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.callbacks import Callback, RichProgressBar
+    from lightning.pytorch.loggers import TensorBoardLogger
+except ImportError as missing:
+    raise ImportError(f"Training needs Lightning: pip install 'leannorm[train]' (got: {missing})") from missing
 
 TENSORBOARD = "tensorboard"
 POINTS_LOGGED = 100  # of an epoch, by the logger
