@@ -17,7 +17,7 @@ from leannorm import cli, convert, records
 
 
 def leannorm(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "leannorm.cli", *arguments]
+    command = [sys.executable, "-m", "leannorm", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 

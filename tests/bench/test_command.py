@@ -127,7 +127,7 @@ def test_errors_of_the_user_are_one_message(tmp_path):
 
 def test_defaults_of_the_command_are_those_of_the_plans(monkeypatch):
     plans = []
-    monkeypatch.setattr(cli, "_measure", lambda plan, **_: plans.append(plan))
+    monkeypatch.setattr(cli.bench, "_measure", lambda plan, **_: plans.append(plan))
     assert bench("layers").exit_code == 0
     assert bench("training").exit_code == 0
     assert plans == [LayerPlan(), TrainingPlan()]

@@ -128,10 +128,10 @@ def test_each_stage_is_a_command_that_is_there():
     assert outs == {
         name: f"{name}-nvidia-h100-a-machine-2026-11.json"
         for name in ("launches", "layers", "training-resnet50", "training-densenet121")
-    }
+    } | {"decomposed": "layers-decomposed-nvidia-h100-a-machine-2026-11.json"}
     for name in outs:
         _, _, module, *arguments = stages[name].command
-        assert module == "leannorm.cli"
+        assert module == "leannorm"
         parsed = CliRunner().invoke(cli.main, [*arguments, "--help"])  # --help ends it once all before is parsed
         assert parsed.exit_code == 0, parsed.output
     assert "--report-api-errors" in stages["memcheck"].command
@@ -290,8 +290,26 @@ def test_a_red_gate_is_told_instead_of_every_speed_up(tmp_path):
     records.write(tmp_path / "layers-a.json", dataclasses.replace(LAYERS, cases=(red, fine)))
     records.write(tmp_path / "training-a.json", dataclasses.replace(TRAINING, cases=(stopped,)))
     for figure, cell in cells(tmp_path).items():
-        told = figure.startswith("bn+relu") or "resnet50" in figure
+        told = (figure.startswith("bn+relu") and "decomposed" not in figure) or "resnet50" in figure
         assert cell == ("gate red" if told else "not measured"), figure
+
+
+def test_what_is_decomposed_has_figures_of_its_own(tmp_path):
+    both = {"grid:1/32, compiled": 1.0, "grid:1/32, decomposed": 1.5}
+    cases = tuple(dataclasses.replace(case, timings=case.timings + timed(**both)) for case in LAYERS.cases[:1])
+    records.write(tmp_path / "layers-a.json", LAYERS)
+    before = targets.table(tmp_path).splitlines()
+    records.write(tmp_path / "layers-decomposed-a.json", dataclasses.replace(LAYERS, cases=cases))
+    changed = set(targets.table(tmp_path).splitlines()) - set(before)
+    line = "| bn+relu, grid:1/32 in torch.compile, one operator against decomposed |  | 1.50x |"
+    assert changed == {line}
+    red = dataclasses.replace(LAYERS, cases=(dataclasses.replace(CASES[0], checks=RED, timings=()),))
+    records.write(tmp_path / "layers-decomposed-a.json", red)
+    changed = set(targets.table(tmp_path).splitlines()) - set(before)
+    assert changed == {
+        line.replace("1.50x", "gate red"),
+        line.replace("1.50x", "gate red").replace("grid:1/32", "full"),
+    }
 
 
 def test_the_documented_table_is_that_of_the_recorded_results():

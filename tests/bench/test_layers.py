@@ -142,3 +142,15 @@ def test_lists_of_sources_keep_their_options():
 def test_other_devices_are_refused(device):
     with pytest.raises(ValueError, match="cpu or cuda"):
         conditions(LayerPlan(device=device))
+
+
+@pytest.mark.slow
+def test_both_forms_under_torch_compile_are_sides():
+    plan = LayerPlan(statistics=("grid:1/8",), operations=("bn+relu",), decomposed=True, quick=True, repeats=2)
+    case = layers.Case("bn+relu", (2, 8, 6, 6), "channels_last", "fp32", "cpu", 0)
+    forms = layers.sides(case, plan)
+    assert [side for side in forms if getattr(forms[side], "decomposes", False)] == ["grid:1/8, decomposed"]
+    assert {check.side for check in layers.check(case, plan)} == {"grid:1/8"}
+    timings = layers.measure(case, plan)
+    wanted = ["torch", "grid:1/8", "grid:1/8, compiled", "grid:1/8, decomposed", "copy"]
+    assert [timing.side for timing in timings] == wanted

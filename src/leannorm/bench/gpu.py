@@ -33,7 +33,8 @@ SHARES = {  # of it, for each stage, what matters most first
     "training-resnet50": 90.0,
     "training-densenet121": 40.0,
     "memcheck": 30.0,
-    "racecheck": 30.0,
+    "racecheck": 20.0,
+    "decomposed": 10.0,  # and what the others leave over
 }
 WORKERS = 14  # of the kernel tests: more of them would not fit into the GPU's memory
 _TOOLKIT = str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin"))  # often not on the path
@@ -102,7 +103,7 @@ def stages(conditions: Conditions, today: datetime.date) -> dict[str, Stage]:
     def bench(kind: str, name: str, *options: str) -> Stage:
         out = default_path(name, conditions, today)
         fixed = ("--device", "cuda", "--overwrite", "--out", str(out))
-        return Stage((sys.executable, "-m", "leannorm.cli", "bench", kind, *fixed, *options), needed, out=out)
+        return Stage((sys.executable, "-m", "leannorm", "bench", kind, *fixed, *options), needed, out=out)
 
     def sanitizer(tool: str, *options: str) -> Stage:
         small = (sys.executable, "tests/backends/small_triton_case.py")
@@ -125,6 +126,18 @@ def stages(conditions: Conditions, today: datetime.date) -> dict[str, Stage]:
         ),
         "memcheck": sanitizer("memcheck", "--report-api-errors", "no"),  # CUDA's libraries probe, and handle errors
         "racecheck": sanitizer("racecheck"),
+        "decomposed": bench(
+            "layers",
+            "layers-decomposed",
+            "--decomposed",
+            "--operations",
+            "bn+relu",
+            "--statistics",
+            "full,grid:1/32",
+            "--no-compile",
+            "--no-replayed",
+            *rounds,
+        ),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from itertools import product
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from leannorm.statistics import Statistics
 
 QUICK_SHAPES = 2
+COMPILED, DECOMPOSED = ", compiled", ", decomposed"
 _KINK = 4  # roundings of the largest element, within which the sign of an element is anybody's guess
 
 
@@ -129,17 +131,23 @@ def sides(case: Case, plan: LayerPlan) -> dict[str, nn.Module]:
     torchs = TorchLayer(channels, operation)
     torchs.norm.load_state_dict(case.parameters(), strict=False)
     layers: dict[str, nn.Module] = {"torch": torchs}
-    if plan.compiled:
+    if plan.compiled or plan.decomposed:
         torch.compiler.reset()  # else later cases meet the limit of recompilations and run eagerly
-        compiled = TorchLayer(channels, operation)
-        compiled.norm.load_state_dict(case.parameters(), strict=False)
-        compiled.compile(dynamic=False)
-        layers["torch.compile"] = compiled
+    if plan.compiled:
+        compiled_torchs = TorchLayer(channels, operation)
+        compiled_torchs.norm.load_state_dict(case.parameters(), strict=False)
+        compiled_torchs.compile(dynamic=False)
+        layers["torch.compile"] = compiled_torchs
     for spelling in plan.statistics:
         statistics = parse_statistics(spelling)
         layer = BatchNorm2d(channels, statistics=statistics, activation="relu" if operation.relu else None)
         layer.load_state_dict(case.parameters(), strict=False)
         layers[spelling] = layer
+        for form in (COMPILED, DECOMPOSED) if plan.decomposed else ():
+            compiled = copy.deepcopy(layer)
+            compiled.decomposes = form == DECOMPOSED
+            compiled.compile(dynamic=False)
+            layers[spelling + form] = compiled
     return {side: layer.to(case.device) for side, layer in layers.items()}
 
 
@@ -165,7 +173,8 @@ def measure(case: Case, plan: LayerPlan) -> tuple[Timing, ...]:
 def check(case: Case, plan: LayerPlan) -> tuple[Check, ...]:
     """Compare y and all gradients of each side with float64."""
     dtype, found = DTYPES[case.dtype], []
-    layers = sides(case, dataclasses.replace(plan, compiled=False))  # what torch compiles is not ours to check
+    # What torch compiles is not ours to check.
+    layers = sides(case, dataclasses.replace(plan, compiled=False, decomposed=False))
     full, full_dy = exact(case, FullBatch(), plan.seed)
     torchs = _gradients(layers.pop("torch"), case, full_dy, plan.seed)
     for side, layer in layers.items():

@@ -61,13 +61,15 @@ class Plan:
 class LayerPlan(Plan):
     """What `leannorm bench layers` measures: ResNet-50's shapes at this image size, in each layout and dtype.
 
-    ``replayed`` adds each side as a replayed CUDA graph: its time on the device alone, which is what a layer costs
-    where the host keeps ahead of the device.
+    ``decomposed`` adds each source in two forms under `torch.compile`: as the one operator that the compiler calls, and
+    decomposed into PyTorch's operators, which it fuses. ``replayed`` adds each side as a replayed CUDA graph: its time
+    on the device alone, which is what a layer costs where the host keeps ahead of the device.
     """
 
     ON_CUDA: ClassVar = {**Plan.ON_CUDA, "layouts": ("channels_last",), "dtypes": ("bf16",), "replayed": True}
 
     replayed: bool = False
+    decomposed: bool = False
     operations: tuple[str, ...] = OPERATIONS
     layouts: tuple[str, ...] = tuple(LAYOUTS)
     dtypes: tuple[str, ...] = tuple(DTYPES)

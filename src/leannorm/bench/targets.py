@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leannorm import records
 from leannorm.bench import results, summary
 from leannorm.bench.launches import LaunchBenchmark, LaunchCase
+from leannorm.bench.layers import COMPILED, DECOMPOSED
 from leannorm.bench.results import LayerBenchmark, TrainingBenchmark
 from leannorm.bench.timing import REPLAYED
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path("benchmarks/results")
 NOT_MEASURED = "not measured"
+DECOMPOSED_KIND = "decomposed"
 
 
 @dataclass(frozen=True)
@@ -53,16 +55,26 @@ def _recorded(folder: Path) -> Recorded:
     for path in sorted(folder.glob("*.json")):
         if path.name.startswith("launches-"):
             found.append(records.read(LaunchBenchmark, path))
+        elif path.name.startswith(f"layers-{DECOMPOSED_KIND}-"):
+            found.append(replace(results.read(path), kind=DECOMPOSED_KIND))  # their "torch" is of another run
         elif path.name.startswith(("layers-", "training-")):
             found.append(results.read(path))
     return [result for result in found if result.conditions.device != "cpu" and not result.conditions.quick]
 
 
-def _over_cases(name: str, figure: Figure, show: Callable[[float], str] = "{:.2f}x".format) -> Cell:
+def _over_cases(
+    name: str, figure: Figure, show: Callable[[float], str] = "{:.2f}x".format, *, decomposed: bool = False
+) -> Cell:
     """Show the geometric mean of a figure over an operation's shapes, or over a model's results."""
 
     def cell(recorded: Recorded) -> str | None:
-        told = [r for r in recorded if not isinstance(r, LaunchBenchmark) and name in map(_name, r.cases)]
+        told = [
+            result
+            for result in recorded
+            if not isinstance(result, LaunchBenchmark)
+            and name in map(_name, result.cases)
+            and (result.kind == DECOMPOSED_KIND) == decomposed
+        ]
         if any(summary.status(result.cases) == summary.GATE_RED for result in told):
             return summary.GATE_RED
         own = [(case, result.conditions) for result in told for case in result.cases if _name(case) == name]
@@ -79,9 +91,9 @@ def _name(case: LayerCase | TrainingCase) -> str:
     return case.operation if isinstance(case, results.LayerCase) else case.model
 
 
-def _layer(operation: str, side: str, peer: str) -> Cell:
+def _layer(operation: str, side: str, peer: str, *, decomposed: bool = False) -> Cell:
     """Times faster than the peer."""
-    return _over_cases(operation, lambda case, _: _median_ratio(case.timings, side, peer))
+    return _over_cases(operation, lambda case, _: _median_ratio(case.timings, side, peer), decomposed=decomposed)
 
 
 def _floor(operation: str, side: str) -> Cell:
@@ -144,6 +156,14 @@ TARGETS = (
     ),
     *(
         Target(f"bn+relu, {side}{REPLAYED}, of the copy bandwidth", ">= 75%", _floor("bn+relu", side + REPLAYED))
+        for side in ("full", "grid:1/32")
+    ),
+    *(
+        Target(
+            f"bn+relu, {side} in torch.compile, one operator against decomposed",
+            "",
+            _layer("bn+relu", side + COMPILED, side + DECOMPOSED, decomposed=True),
+        )
         for side in ("full", "grid:1/32")
     ),
     Target(

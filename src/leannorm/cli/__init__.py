@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from leannorm.termination import left, unwound
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from leannorm.bench.plan import Plan
+from leannorm.cli import bench
+from leannorm.cli.errors import clean_errors
+from leannorm.termination import unwound
 
 # Everything else is imported by the command that needs it, so that `leannorm --help` answers at once.
 
@@ -24,6 +20,8 @@ main = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+main.add_typer(bench.commands, name="bench")
 
 DEFAULT_STATISTICS = "grid:1/8"  # what `leannorm.convert` takes
 Data = Annotated[str, typer.Argument(help="`digits`, or a folder of class folders (or of train/ and val/ with these).")]
@@ -76,7 +74,7 @@ def train(
     overwrite: Overwrite = False,
 ) -> None:
     """Train MODEL on DATA with any source of batch statistics."""
-    with _clean_errors("interrupted: what was done is kept; the same command with --resume goes on"):
+    with clean_errors("interrupted: what was done is kept; the same command with --resume goes on"):
         from leannorm.train import run
 
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -131,7 +129,7 @@ def deploy(
     overwrite: Overwrite = False,
 ) -> None:
     """Fold CHECKPOINT's normalization away, export it to ONNX, verify the files and report."""
-    with _clean_errors(), unwound():
+    with clean_errors(), unwound():
         import rich
 
         from leannorm.deploy import deploy as ship
@@ -151,7 +149,7 @@ def report(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the page if it is there.")] = False,
 ) -> None:
     """Compare deployed RUNS on one page."""
-    with _clean_errors():
+    with clean_errors():
         import rich
 
         from leannorm import records
@@ -180,7 +178,7 @@ def explain(
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Say which code computes each normalization layer of MODEL in training, and why no faster one."""
-    with _clean_errors():
+    with clean_errors():
         from leannorm.train.explained import explain_spelled
 
         typer.echo(
@@ -195,182 +193,3 @@ def explain(
                 device=device,
             )
         )
-
-
-bench = typer.Typer(help="Measure speed against torch, behind a correctness gate.", no_args_is_help=True)
-main.add_typer(bench, name="bench")
-
-ImageSize = Annotated[int, typer.Option(help="Pixels of a side of the images.")]
-Batch = Annotated[int | None, typer.Option(help="Images in a batch; 16 (training: 8), on cuda 256 if left out.")]
-Sources = Annotated[
-    str | None,
-    typer.Option("--statistics", help="Sources that leannorm is timed with; full, fs:1/32, grid:1/32 ... if left out."),
-]
-Compiled = Annotated[
-    bool | None, typer.Option("--compile/--no-compile", help="Time torch.compile too; slow. On cuda the default.")
-]
-Repeats = Annotated[int, typer.Option(help="Samples of each side, interleaved.")]
-Seed = Annotated[int, typer.Option(help="Of the data and of the order of the samples.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Threads = Annotated[int | None, typer.Option(help="Threads of torch; its own choice if left out.")]
-Quick = Annotated[bool, typer.Option("--quick", help="Tiny sizes, to see that it works; proves nothing about speed.")]
-Results = Annotated[
-    Path | None, typer.Option("--out", help="File; benchmarks/results/KIND-MACHINE-YYYY-MM.json if left out.")
-]
-Replace = Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")]
-
-
-@bench.command()
-def layers(
-    image_size: ImageSize = 224,
-    batch: Batch = None,
-    operations: Annotated[str | None, typer.Option(help="bn,bn+relu,bn+add+relu; all if left out.")] = None,
-    layouts: Annotated[
-        str | None, typer.Option(help="channels_last,contiguous; on cuda the first alone if left out.")
-    ] = None,
-    dtypes: Annotated[
-        str | None, typer.Option(help="fp32,bf16, of the maps (parameters stay fp32); on cuda bf16 if left out.")
-    ] = None,
-    statistics: Sources = None,
-    compiled: Compiled = None,
-    repeats: Repeats = 11,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    threads: Threads = None,
-    quick: Quick = False,
-    out: Results = None,
-    overwrite: Replace = False,
-) -> None:
-    """Time BN, BN+ReLU and BN+add+ReLU, forward and backward, on ResNet-50's shapes."""
-    with _clean_errors():
-        from leannorm.bench.plan import LayerPlan, listed, planned
-
-        plan = planned(
-            LayerPlan,
-            device,
-            image_size=image_size,
-            batch=batch,
-            statistics=listed(statistics),
-            compiled=compiled,
-            repeats=repeats,
-            seed=seed,
-            operations=listed(operations),
-            layouts=listed(layouts),
-            dtypes=listed(dtypes),
-        )
-        _measure(plan, quick=quick, threads=threads, out=out, overwrite=overwrite)
-
-
-@bench.command()
-def training(
-    image_size: ImageSize = 224,
-    batch: Batch = None,
-    models: Annotated[str | None, typer.Option(help="Of torchvision; five of them, on cuda two if left out.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="fp32, or bf16 by autocast, the default on cuda.")] = None,
-    statistics: Sources = None,
-    compiled: Compiled = None,
-    repeats: Repeats = 11,
-    settle: Annotated[int, typer.Option(help="Untimed steps of a side before each of its samples.")] = 1,
-    folded: Annotated[
-        bool | None, typer.Option(help="Time + fuse convolution and + tune too; on cuda not if left out.")
-    ] = None,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    threads: Threads = None,
-    quick: Quick = False,
-    out: Results = None,
-    overwrite: Replace = False,
-) -> None:
-    """Time the whole training step of models, channels_last, converted and fused."""
-    with _clean_errors():
-        from leannorm.bench.plan import TrainingPlan, listed, planned
-
-        plan = planned(
-            TrainingPlan,
-            device,
-            image_size=image_size,
-            batch=batch,
-            statistics=listed(statistics),
-            compiled=compiled,
-            repeats=repeats,
-            settle=settle,
-            seed=seed,
-            folded=folded,
-            models=listed(models),
-            dtype=dtype,
-        )
-        _measure(plan, quick=quick, threads=threads, out=out, overwrite=overwrite)
-
-
-@bench.command()
-def launches(
-    repeats: Repeats = 11,
-    seed: Seed = 0,
-    device: Device = "cuda",
-    out: Results = None,
-    overwrite: Replace = False,
-) -> None:
-    """Count kernel launches and host microseconds of BN, BN+ReLU and BN+add+ReLU, forward and backward."""
-    with _clean_errors():
-        from leannorm.bench.command import measure_launches
-        from leannorm.bench.plan import LayerPlan, planned
-
-        plan = planned(LayerPlan, device, repeats=repeats, seed=seed, compiled=False)
-        measured, file = measure_launches(plan, out=out, overwrite=overwrite)
-        for case in measured.cases:
-            microseconds = 1e6 * sorted(case.seconds)[len(case.seconds) // 2]
-            typer.echo(f"{case.operation}, {case.side}: {case.launches} launches, {microseconds:.0f} us of the host")
-        typer.echo(f"raw results: {file}")
-
-
-@bench.command()
-def table(
-    results: Annotated[Path, typer.Argument(help="A file that `bench layers` or `bench training` wrote.")],
-) -> None:
-    """Show the table of earlier RESULTS; measures nothing."""
-    with _clean_errors():
-        import rich
-
-        from leannorm.bench.results import read
-        from leannorm.bench.table import tables
-
-        rich.print(tables(read(results)))
-
-
-def _measure(plan: Plan, *, quick: bool, threads: int | None, out: Path | None, overwrite: bool) -> None:
-    import rich
-
-    from leannorm.bench.command import measure
-    from leannorm.bench.gate import RedGate
-    from leannorm.bench.plan import quickly
-    from leannorm.bench.table import tables
-
-    try:
-        results, file = measure(
-            quickly(plan) if quick else plan, threads=threads, out=out, overwrite=overwrite, progress=True
-        )
-    except RedGate as red:
-        typer.echo(str(red), err=True)
-        raise typer.Exit(1) from red
-    except KeyboardInterrupt as error:
-        typer.echo("interrupted: the file holds the cases that were timed, if any was", err=True)
-        raise typer.Exit(130) from error
-    rich.print(tables(results))
-    typer.echo(f"raw results: {file}")
-
-
-@contextmanager
-def _clean_errors(interrupted: str | None = None) -> Iterator[None]:
-    """Show what the user can mend as one message, and an interruption as what it means."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt as error:
-        typer.echo(interrupted or f"interrupted: {left(error)}", err=True)
-        raise typer.Exit(130) from error
-
-
-if __name__ == "__main__":
-    main()
