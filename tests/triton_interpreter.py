@@ -1,7 +1,8 @@
 """Triton's kernels on CPU tensors, in its interpreter, where there is no GPU; `conftest` sets the switch.
 
-Three things of the interpreter are mended: how it rounds, how it adds up, and how long it takes. On a GPU as there,
-`poisoned` memory shows what was not written.
+Four things of the interpreter are mended: how it rounds, how it adds up, how long it takes, and that the one of Triton
+3.6 reads the bounds of a loop in a way that NumPy 2.4 refuses. On a GPU as there, `poisoned` memory shows what was not
+written.
 """
 
 from contextlib import contextmanager
@@ -36,6 +37,13 @@ if not ON_GPU:
             data = data[: len(data) // 2] + data[len(data) // 2 :]
         return self.to_tensor(data[0], values.dtype)
 
+    _patch_tensor = interpreter._patch_lang_tensor
+
+    def _patch_index(tensor, scope):
+        """Take an array of one element as the bound of a loop, as later Tritons do."""
+        _patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
     _patch, _patched = interpreter._patch_lang, set()
 
     def _patch_once(function):
@@ -49,6 +57,7 @@ if not ON_GPU:
         return self.rewrite()(*args, **kwargs)
 
     interpreter.ReduceOps.sum = _sum_as_hardware_does
+    interpreter._patch_lang_tensor = _patch_index
     interpreter._convert_float = _convert_as_hardware_does
     interpreter.InterpretedFunction.__call__ = _call
 

@@ -1,15 +1,19 @@
 """Compile the Triton kernels for an H100 as the launchers call them, on tensors without data; needs no GPU.
 
-Writes JSON: for each launch its kernel, programs, global loads, whether it has a stack and wide indices; and how many
-variants of kernels there are after a first step and after more with other places. Run by `test_triton_compiled` in a
-process of its own, since the interpreter of the other tests cannot be left again.
+Writes JSON: for each launch its kernel, programs, global loads, bytes of spilled registers, and whether it has wide
+indices; and how many variants of kernels there are after a first step and after more with other places. Run by
+`test_triton_compiled` in a process of its own, since the interpreter of the other tests cannot be left again.
 """
 
 import json
 import re
+import subprocess
 import sys
+import tempfile
+from functools import lru_cache
 
 import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -33,6 +37,18 @@ class Driver:
         return 0
 
 
+@lru_cache
+def spilled(cubin):
+    """Give the bytes of a thread's stack, where what finds no register lies."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (stack,) = re.findall(r"STACK:(\d+)", usage)
+    return int(stack)
+
+
 class Compiled:
     """Stands for a kernel: does what Triton does for a call, up to the launch."""
 
@@ -41,13 +57,13 @@ class Compiled:
 
     def __getitem__(self, grid):
         def call(*arguments, **options):
-            ptx = self.kernel.warmup(*arguments, grid=grid, **options).asm["ptx"]
+            asm = self.kernel.warmup(*arguments, grid=grid, **options).asm
             launches.append(
                 {
                     "kernel": self.kernel.__name__.removesuffix("_kernel"),
                     "programs": grid[0] * grid[-1],
-                    "loads": sorted(set(re.findall(r"ld\.global\S*", ptx))),
-                    "stack": "__local_depot" in ptx,
+                    "loads": sorted(set(re.findall(r"ld\.global\S*", asm["ptx"]))),
+                    "spilled": spilled(asm["cubin"]),
                     "wide": options["WIDE"],
                 }
             )

@@ -10,6 +10,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+SPILLED = 8  # bytes at most: the assembler that comes with Triton 3.6 keeps a register or two less than later ones
+
 
 def compiled(*step):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -44,10 +46,31 @@ def test_two_launches_a_direction_fill_the_device_with_wide_loads(source, residu
     for launch in found[: len(launches)]:
         assert "ld.global.v4.b32" in launch["loads"], launch
         assert not any("b16" in load for load in launch["loads"]), launch
-        assert not launch["stack"], launch
+        assert launch["spilled"] == 0, launch
         assert not launch["wide"], launch
     whole = [launch for launch in found if launch["kernel"] in ("gradient", "normalize", "apply")]
     assert all(launch["programs"] >= 132 for launch in whole)
+
+
+def _spilling(*step):
+    return [launch for launch in compiled(*step)["launches"] if launch["spilled"] > SPILLED]
+
+
+@pytest.mark.parametrize(
+    ("shape", "source", "dtype", "activation"),
+    [((256, 512, 28, 28), "grid:1/32", "float32", "silu"), ((256, 2048, 7, 7), "full", "bfloat16", "relu")],
+)
+def test_contiguous_tensors_spill_no_registers(shape, source, dtype, activation):
+    assert not _spilling(shape, False, source, dtype, activation, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "activation"), [("full", "relu"), ("grid:1/32", "relu"), ("grid:1/32", "silu")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_training_a_resnet_spills_no_registers(channels_last, dtype, source, activation):
+    for shape in ((256, 64, 112, 112), (256, 512, 28, 28), (256, 2048, 7, 7)):
+        assert not _spilling(shape, channels_last, source, dtype, activation, True), shape
 
 
 @pytest.mark.slow

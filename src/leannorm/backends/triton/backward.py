@@ -22,8 +22,8 @@ from leannorm.backends.triton.partials import merge_sums
 
 
 @triton.jit
-def _rstd(var, i_c, m_c, eps):
-    return 1.0 / tl.sqrt_rn(tl.load(var + i_c, mask=m_c, other=1.0) + eps)
+def _rstd(var, i_c, m_c, eps, AGAIN: tl.constexpr = False):
+    return 1.0 / tl.sqrt_rn(tl.load(var + i_c, mask=m_c, other=1.0, volatile=AGAIN) + eps)
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def gradient_kernel(
             tl.store(dx + o, (g * scale[None, :]).to(dx.dtype.element_ty), mask=m)
         if dresidual is not None:
             tl.store(dresidual + o, g.to(dresidual.dtype.element_ty), mask=m)
-    rstd = _rstd(var, i_c, m_c, eps)  # asked for again here, so that the loop has its registers
+    rstd = _rstd(var, i_c, m_c, eps, AGAIN=True)  # here and not before the loop, which needs all registers
     p = partials + split * 2 * channels + i_c
     tl.store(p, tl.sum(sum_gd, 0) * rstd, mask=m_c)
     tl.store(p + channels, tl.sum(sum_g, 0), mask=m_c)
@@ -114,8 +114,8 @@ def apply_kernel(
 ):  # fmt: skip
     """Exact statistics: dx = weight / sigma (g - (sum_g + xhat sum_g_xhat) / count), and dresidual = g where wanted."""
     split, splits, channels, spatial, i_c, m_c = program(channels, spatial, CHANNELS_LAST, ALIGN, WIDE, BLOCK_C)
-    b_mean, rstd, scale, b_bias = _point(mean, var, weight, bias, i_c, m_c, eps)
     b_sum_g_xhat, b_sum_g = _sums(partials, sum_g_xhat, sum_g, i_c, m_c, channels, splits_total, BLOCK_R, BLOCK_C)
+    b_mean, rstd, scale, b_bias = _point(mean, var, weight, bias, i_c, m_c, eps)
     if count is None:
         inverse = 1.0 / (samples * spatial).to(tl.float32)
     else:

@@ -92,7 +92,9 @@ def normalize_kernel(
         b_mean = tl.load(mean + i_c, mask=m_c, other=0.0)
         b_var = tl.load(var + i_c, mask=m_c, other=1.0)
     else:
-        b_mean, b_var = merge_moments(partials, i_c, m_c, channels, splits_total, BLOCK_R, BLOCK_C)
+        # Channels of unknown divisors take an address each, and so twice the registers.
+        MERGED_R: tl.constexpr = BLOCK_R if CHANNELS_LAST else (BLOCK_R + 1) // 2
+        b_mean, b_var = merge_moments(partials, i_c, m_c, channels, splits_total, MERGED_R, BLOCK_C)
         if tl.program_id(1) == 0:
             tl.store(mean + i_c, b_mean, mask=m_c)
             tl.store(var + i_c, b_var, mask=m_c)

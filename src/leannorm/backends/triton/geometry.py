@@ -17,6 +17,7 @@ PLANE = 256  # rows at most in a tile of a contiguous plane
 SUMMING, POINTWISE = 16, 8  # warps of a program
 THREADS = 1024  # for each multiprocessor, with
 REGISTERS = 64  # each: all of the register file; more threads have more loads under way
+HELD, HELD_ALONE = 8, 4  # elements of a thread, if neighbours share an address and if each has one of its own
 WIDE = 2**30  # elements; from here on an index with what is added to it may not fit 32 bits
 
 
@@ -50,6 +51,7 @@ def tiles(shape: torch.Size, channels_last: bool, device: torch.device) -> Tiles
     """Cut a whole tensor."""
     samples, channels, *spatial = shape
     plane = math.prod(spatial)
+    alone = not channels_last and plane % 4 != 0
     if channels_last:
         rows = samples * plane
         block_c = min(CHANNELS, _power(channels))
@@ -57,10 +59,10 @@ def tiles(shape: torch.Size, channels_last: bool, device: torch.device) -> Tiles
         count = _ceil(rows, block_r)
     else:
         block_r = _block_of_plane(plane)
-        block_c = min(TILE // block_r, _power(channels))
+        block_c = min((TILE // 2 if alone else TILE) // block_r, _power(channels))
         count = samples * _ceil(plane, block_r)
     grid, pointwise_grid = (_grid(channels, block_c, count, warps, device) for warps in (SUMMING, POINTWISE))
-    options = _options(shape, channels_last, block_r, block_c)
+    options = _options(shape, channels_last, block_r, block_c, alone=alone)
     pointwise_options = options | {"num_warps": min(options["num_warps"], POINTWISE)}
     return Tiles((channels, samples, plane), grid, options, pointwise_grid, pointwise_options)
 
@@ -86,12 +88,14 @@ def _regions(
         block_r = min(TILE // block_c, _power(rows), 1024)
         grid = _grid(channels, block_c, _ceil(rows, block_r), SUMMING, device)
         padded = (*box[:4], *(0, 1, 1, 1) * (4 - dimensions), *box[4:])
-        options = _options(shape, channels_last, block_r, block_c) | {"DIMENSIONS": dimensions}
+        options = _options(shape, channels_last, block_r, block_c, alone=not channels_last) | {"DIMENSIONS": dimensions}
         yield Region(grid, first_split, weight / rows, (r * dimensions, height, width, *padded), options)
         first_split += grid[1]
 
 
-def _options(shape: torch.Size, channels_last: bool, block_r: int, block_c: int) -> dict[str, int | bool]:
+def _options(
+    shape: torch.Size, channels_last: bool, block_r: int, block_c: int, *, alone: bool
+) -> dict[str, int | bool]:
     contiguous = shape[1] if channels_last else math.prod(shape[2:])
     return {
         "CHANNELS_LAST": channels_last,
@@ -99,7 +103,7 @@ def _options(shape: torch.Size, channels_last: bool, block_r: int, block_c: int)
         "WIDE": math.prod(shape) >= WIDE,
         "BLOCK_R": block_r,
         "BLOCK_C": block_c,
-        "num_warps": SUMMING if block_r * block_c >= TILE else 4,
+        "num_warps": min(SUMMING, max(4, block_r * block_c // (32 * (HELD_ALONE if alone else HELD)))),
         "maxnreg": REGISTERS,
         "enable_fp_fusion": True,
     }

@@ -116,7 +116,7 @@ def backward_apply(
     dx = torch.empty_like(point.x)
     dresidual = torch.empty_like(point.x) if wanted else None
     sums = sum_g_xhat.contiguous(), sum_g.contiguous()
-    point.apply(in_order_of(dx, dy), None, sums, count.to(dx.device), dx, dresidual)
+    point.apply(in_order_of(dx, dy), None, sums, count, dx, dresidual)
     return dx, _or_empty(x, dresidual)
 
 
