@@ -20,7 +20,7 @@ from triton.runtime import driver
 from leannorm import parse_statistics
 from leannorm.backends.triton import geometry, launchers
 
-KERNELS = ("moments", "normalize", "gradient", "apply", "correct", "finish")
+KERNELS = ("moments", "normalize", "gradient", "apply", "correct", "finish", "track")
 launches = []
 
 
@@ -64,7 +64,7 @@ class Compiled:
                     "programs": grid[0] * grid[-1],
                     "loads": sorted(set(re.findall(r"ld\.global\S*", asm["ptx"]))),
                     "spilled": spilled(asm["cubin"]),
-                    "wide": options["WIDE"],
+                    "wide": options.get("WIDE", False),
                 }
             )
 
@@ -102,4 +102,6 @@ if __name__ == "__main__":
     step([abs(asked[0][0] - 6), *asked[0][1:]], *asked[1:])  # another batch size too
     variants.append(sum(kernel.variants() for kernel in kernels))
     launchers.moments(torch.empty(9, 64, device="meta"), None, [], [])
-    sys.stdout.write(json.dumps({"launches": [*first, *launches[-2:]], "variants": variants}))
+    running, batches = torch.empty(2, 64, device="meta"), torch.empty((), dtype=torch.int64, device="meta")
+    launchers.track(*running, batches, *running, 1.0, 0.1, True, True)
+    sys.stdout.write(json.dumps({"launches": [*first, *launches[-3:]], "variants": variants}))

@@ -42,7 +42,7 @@ def test_two_launches_a_direction_fill_the_device_with_wide_loads(source, residu
     )  # the first region's merges partial sums, later ones not
     assert before == after == forms, "places or the batch size compile again"
     found = result["launches"]
-    assert [launch["kernel"] for launch in found] == [*launches, "moments", "finish"]
+    assert [launch["kernel"] for launch in found] == [*launches, "moments", "finish", "track"]
     for launch in found[: len(launches)]:
         assert "ld.global.v4.b32" in launch["loads"], launch
         assert not any("b16" in load for load in launch["loads"]), launch
