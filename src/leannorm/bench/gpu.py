@@ -111,7 +111,7 @@ def stages(conditions: Conditions, today: datetime.date) -> dict[str, Stage]:
         command = (program or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *options, *small)
         return Stage(command, program=command[0], refusal="Device not supported")
 
-    tests = ("tests/backends/test_triton.py", "tests/backends/test_triton_on_gpu.py")
+    tests = tuple(f"tests/backends/test_triton{part}.py" for part in ("", "_layers", "_on_gpu"))
     parallel = ("-n", str(min(WORKERS, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
     pytest = (sys.executable, "-m", "pytest", "-q", "-W", "default", "-m", "not slow", *parallel, *tests)
     rounds = ("--repeats", "5")
