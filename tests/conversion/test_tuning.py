@@ -165,6 +165,12 @@ def test_exact_layers_have_that_choice_too(compiled_times, tmp_path, monkeypatch
     ]
 
 
+def test_methods_have_no_form_to_choose(compiled_times, tmp_path):
+    network, _ = leannorm.convert(residual_network(), leannorm.GhostBatch(2))
+    leannorm.tune(network, IMAGES.float(), compiled=True, plan=tmp_path / "plan.json")
+    assert not compiled_times
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("spelling", ["full", "grid:1/4@step"])
 def test_measuring_compiled_layers_leaves_them_alone(tmp_path, monkeypatch, spelling):

@@ -22,6 +22,7 @@ from leannorm.conversion.fusion import fuse
 from leannorm.conversion.fusion_check import training_outputs
 from leannorm.nn.batchnorm import SampledBatchNorm
 from leannorm.nn.calls import Call, recorded
+from leannorm.nn.method import MethodNorm
 from leannorm.nn.virtual import VirtualMark
 from leannorm.records import Change, CompiledCall, TransformReport, TunedCall, TuningPlan
 
@@ -75,7 +76,8 @@ def tune(
     if prefer == "speed":
         _choose_folded([call for call in calls if call.folded is not None], path, times)
     if compiled:
-        _choose_decomposed([call for call in _calls(model, inputs) if call.folded is None], path, times)
+        apart = (call for call in _calls(model, inputs) if call.folded is None)
+        _choose_decomposed([call for call in apart if not isinstance(call.layer, MethodNorm)], path, times)
     layers = dict(model.named_modules())
     changes = [_with_times(change, layers.get(change.module), times) for change in report.changes]
     return model, TransformReport(tuple(changes), report.refusals)
