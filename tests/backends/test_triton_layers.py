@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 
 import leannorm
 from leannorm import backends
+from leannorm.functional import scale_shift
 from leannorm.ops import eager
 from triton_interpreter import DEVICE, ON_GPU, launchers, poisoned
 
@@ -103,6 +104,16 @@ def test_given_statistics_alone_are_torchs_to_the_bit(calls):
     layer, (x, *_) = layer_of().eval(), tensors()
     assert torch.equal(layer(x), F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias))
     assert not calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_left_of_a_normalization_is_one_operator(calls, dtype):
+    x, residual, _ = (t.detach().to(dtype) for t in tensors())
+    scale, shift = torch.randn(2, 5, 1, 1, generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype)
+    y = scale_shift(x, scale, shift, residual, "relu")
+    wanted = F.relu(scale.double() * x.double() + shift.double() + residual.double())
+    torch.testing.assert_close(y.double(), wanted, rtol=8e-3 if dtype is torch.bfloat16 else 1e-6, atol=1e-6)
+    assert calls == ["normalize"]
 
 
 VALUES = {
