@@ -114,9 +114,9 @@ def run(scale: Scale, results: Path, docs: Path) -> Path:
 How much faster than torch's BN: the mean over {REPEATS[scale.name]} rounds of torch's time over each one's, less one,
 with its 95% interval over the rounds. Layer: 64 channels of 32x32, batch {BATCH[scale.name]}, forward and backward,
 float32. Step: {scale.model} on 32x32 images at the same batch, {1000 * torch_step:.2f} ms with torch's BN (median). The
-sources are not fused with activations here (`leannorm bench` does that). Methods are composed of PyTorch's operators,
-each a pass over memory (`gn`, `in` and `ln` are one operator); none has a kernel of its own. Raw results:
-`benchmarks/results/speed-{scale.name}.json`.
+sources are not fused with activations here (`leannorm bench` does that). `gn`, `in` and `ln` are
+PyTorch's layers, `adaptive` and `bnet` use BN's kernels, the other methods are composed of PyTorch's operators. Raw
+results: `benchmarks/results/speed-{scale.name}.json`.
 
 {table(found)}
 

@@ -1,5 +1,7 @@
 """The Triton kernels on a GPU: real sizes, the dispatcher, torch.compile, CUDA graphs, nothing that waits."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ import leannorm
 from cases import ACTIVATIONS, regions_of
 from leannorm.bench import gate, layers
 from leannorm.bench.plan import LayerPlan
+from leannorm.bench.timing import graph_of
 from leannorm.functional import batch_norm
 from leannorm.ops import definition
 from leannorm.statistics import Regions
@@ -103,20 +106,26 @@ def test_the_same_bits_each_time(source, channels_last):
             assert torch.equal(a, b)
 
 
+@contextmanager
+def waiting_is_an_error():
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_nothing_waits_and_nothing_is_compiled_as_places_move():
     given = tensors()
     sources = [leannorm.GridSampling(1 / 8, "step"), leannorm.FeatureSampling(1 / 8), leannorm.FullBatch()]
     for source in sources:
         step(*given, source.regions((16, 24, 14, 14), place=0))
     before = compiled_variants()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         for source in sources:
             for place in range(20):
                 step(*given, source.regions((16, 24, 14, 14), place))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert compiled_variants() == before
 
 
@@ -133,32 +142,21 @@ def test_a_layer_waits_for_nothing_in_any_mode():
     for mode in (True, False):
         layer.train(mode)
         layer_step()  # what is compiled or loaded first may wait
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with waiting_is_an_error():
             for _ in range(3):
                 layer_step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     assert layer.num_batches_tracked == 5
 
 
 def test_replays_train_a_layer_on():
     layer, layer_step = sampled_layer()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            layer_step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        layer_step()
+    replay = graph_of(layer_step)
+    assert layer.num_batches_tracked == 3  # the capture itself computes nothing
     seen = []
     for _ in range(5):
-        graph.replay()
+        replay()
         seen.append(layer.running_mean.tolist())
-    assert layer.num_batches_tracked == 8  # the capture itself computes nothing
+    assert layer.num_batches_tracked == 8
     assert len({tuple(mean) for mean in seen}) == 5
 
 
@@ -173,20 +171,17 @@ def test_another_batch_size_compiles_nothing():
 def test_replays_of_a_cuda_graph_draw_new_places():
     x, weight, bias, residual, dy = tensors((64, 8, 4, 4), torch.float32)
     regions = leannorm.BatchSampling(1 / 64, minimum=1).regions(tuple(x.shape))
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step(x, weight, bias, residual, dy, regions)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(x, weight, bias, residual, dy, regions)
+    captured = []
+
+    def capture():
+        captured[:] = step(x, weight, bias, residual, dy, regions)
+
+    replay = graph_of(capture)
     means = []
     for _ in range(10):
         for tensor in captured:
             tensor.detach().fill_(float("nan"))
-        graph.replay()
+        replay()
         y, mean, var, *gradients = (tensor.detach().clone() for tensor in captured)
         wanted = definition.normalize(x, mean, var, weight, bias, residual, 1e-5, "relu", [])
         torch.testing.assert_close(y, wanted.detach(), rtol=1e-4, atol=1e-5)

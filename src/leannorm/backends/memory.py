@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)  # types that have memory to read
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -31,8 +31,8 @@ def are_plain_statistics(
     """Whether the kernels may move these: dense float32 vectors of one length, and an int64 counter or none."""
     shape = statistics[0].shape
     for t in statistics:
-        if t.dtype is not torch.float32 or t.shape != shape or not t.is_contiguous() or type(t) not in _PLAIN:
+        if t.dtype is not torch.float32 or t.shape != shape or not t.is_contiguous() or type(t) not in PLAIN:
             return False
         if not is_there(t):
             return False
-    return batches is None or (type(batches) in _PLAIN and batches.dtype is torch.int64 and is_there(batches))
+    return batches is None or (type(batches) in PLAIN and batches.dtype is torch.int64 and is_there(batches))

@@ -115,6 +115,7 @@ def stages(conditions: Conditions, today: datetime.date) -> dict[str, Stage]:
     parallel = ("-n", str(min(WORKERS, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
     pytest = (sys.executable, "-m", "pytest", "-q", "-W", "default", "-m", "not slow", *parallel, *tests)
     rounds = ("--repeats", "5")
+    least = ("--operations", "bn+relu", "--statistics", "full,grid:1/32", "--no-compile", "--no-replayed")
     return {
         "tests": Stage(pytest, ("pytest", "hypothesis", *needed)),
         "launches": bench("launches", "launches"),
@@ -126,18 +127,7 @@ def stages(conditions: Conditions, today: datetime.date) -> dict[str, Stage]:
         ),
         "memcheck": sanitizer("memcheck", "--report-api-errors", "no"),  # CUDA's libraries probe, and handle errors
         "racecheck": sanitizer("racecheck"),
-        "decomposed": bench(
-            "layers",
-            "layers-decomposed",
-            "--decomposed",
-            "--operations",
-            "bn+relu",
-            "--statistics",
-            "full,grid:1/32",
-            "--no-compile",
-            "--no-replayed",
-            *rounds,
-        ),
+        "decomposed": bench("layers", "layers-decomposed", "--decomposed", *least, *rounds),
     }
 
 

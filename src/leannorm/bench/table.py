@@ -58,7 +58,7 @@ def _training(benchmark: TrainingBenchmark) -> Table:
 def _table(title: str, names: tuple[str, ...], figures: tuple[str, ...]) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in names:
-        table.add_column(name, no_wrap=True)
+        table.add_column(name)
     for figure in figures:
         # In a narrow terminal a name may fold, figures may not.
         table.add_column(figure, justify="right", no_wrap=figure != "Layout", overflow="fold")

@@ -1,4 +1,4 @@
-"""tune: for each convolution with its batch norm the form that is faster here, by measurement, remembered in a file."""
+"""tune: for each batch norm, and the convolution before it, the form that is faster here, measured and remembered."""
 
 from __future__ import annotations
 

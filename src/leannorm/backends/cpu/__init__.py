@@ -18,7 +18,7 @@ from torch.autograd.graph import increment_version
 from torch.utils.dlpack import from_dlpack
 
 from leannorm.backends import aten
-from leannorm.backends.memory import are_plain_statistics, is_channels_last
+from leannorm.backends.memory import PLAIN, are_plain_statistics, is_channels_last
 from leannorm.ops import eager
 from leannorm.ops.contract import takes_output
 
@@ -32,7 +32,6 @@ except ImportError as error:
 available = _kernels is not None
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_PLAIN = (Tensor, torch.nn.Parameter)
 _LEAST_KEPT = 1 << 20  # bytes; the C library itself keeps what is smaller
 _keeps = available and "LEANNORM_NO_CPU_MEMORY_CACHING" not in os.environ
 _is_cpu = attrgetter("is_cpu")
@@ -45,7 +44,7 @@ def why_not(x: Tensor) -> str | None:
         return f"{_missing}; install again where a C++ compiler is found"
     if x.device.type != "cpu":
         return f"the native kernels are for the CPU, the input is on {x.device}"
-    if type(x) not in _PLAIN:
+    if type(x) not in PLAIN:
         return f"the native kernels read memory, which a {type(x).__name__} may not have"
     if x.dtype not in _DTYPES:
         return f"the native kernels take float32, bfloat16 and float16, the input is {x.dtype}"
@@ -58,7 +57,7 @@ def why_not(x: Tensor) -> str | None:
 
 def takes(x: Tensor) -> bool:
     """Say whether `why_not` has no reason, quicker."""
-    plain = available and x.dtype in _DTYPES and type(x) in _PLAIN and x.device.type == "cpu"
+    plain = available and x.dtype in _DTYPES and type(x) in PLAIN and x.device.type == "cpu"
     return plain and _takes_order(x.shape, x.stride())
 
 
@@ -90,7 +89,7 @@ def _work(
 
 def _work_on(x: Tensor, draw: Tensor | None, boxes: Sequence[int], weights: Sequence[float]) -> _Work | None:
     """Give what the kernels know of this input, or None where they do not take it."""
-    if x.dtype not in _DTYPES or type(x) not in _PLAIN:
+    if x.dtype not in _DTYPES or type(x) not in PLAIN:
         return None
     return _work(x.shape, x.stride(), tuple(boxes), tuple(weights), draw is not None)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from leannorm.backends import aten
-from leannorm.backends.memory import is_channels_last
+from leannorm.backends.memory import PLAIN, is_channels_last
 from leannorm.ops import eager
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def why_not(x: Tensor) -> str | None:
     """Give the reason why the Triton kernels do not take a call on this input, or None where they do."""
     if not installed:
         return "Triton is not installed: pip install 'leannorm[gpu]'"
-    if type(x) is not Tensor and type(x) is not torch.nn.Parameter:
+    if type(x) not in PLAIN:
         return f"the Triton kernels read memory, which a {type(x).__name__} may not have"
     if x.dtype not in _DTYPES:
         return f"the Triton kernels take float32, bfloat16 and float16, the input is {x.dtype}"

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import triton
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
@@ -135,8 +136,8 @@ def track(running_mean, running_var, batches, mean, var, unbiased, factor, betwe
     if not are_plain_statistics((mean, var, running_mean, running_var), batches, lambda t: t.device == on):
         return False
     channels = mean.numel()
-    track_kernel[(-(-channels // _TRACKED),)](
-        running_mean, running_var, batches, mean, var, channels, unbiased, factor,
+    track_kernel[(triton.cdiv(channels, _TRACKED),)](
+        running_mean, running_var, batches, mean, var, channels, float(unbiased), float(factor),
         BETWEEN_STEPS=between_steps, GUARDED=guarded, BLOCK=_TRACKED, num_warps=4,
     )  # fmt: skip
     increment_version([t for t in (running_mean, running_var, batches) if t is not None])
