@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from leannorm.backends.activated_convolution import Convolution, activated
+from leannorm.backends.choice import takes
 from leannorm.backends.sampled_windows import Window, windows
 from leannorm.ops import definition, eager
 from leannorm.ops.contract import accumulation_dtype, library, takes_output
@@ -33,15 +34,23 @@ def sampled(taken: Sequence[Window], weight: Tensor, groups: int) -> list[Tensor
 def pooled(samples: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of the mixture of the regions."""
     dtype = accumulation_dtype(samples[0].dtype)
-    pairs = [torch.var_mean(sample.to(dtype), 0, correction=0) for sample in samples]
+    pairs = [_moments(sample.to(dtype)) for sample in samples]
     if len(pairs) == 1:
-        return pairs[0][1], pairs[0][0]
-    mean, var = torch.zeros_like(pairs[0][1]), torch.zeros_like(pairs[0][0])
-    for weight, (_, one) in zip(weights, pairs, strict=True):
+        return pairs[0]
+    mean, var = torch.zeros_like(pairs[0][0]), torch.zeros_like(pairs[0][1])
+    for weight, (one, _) in zip(weights, pairs, strict=True):
         mean += weight * one
-    for weight, (within, one) in zip(weights, pairs, strict=True):
+    for weight, (one, within) in zip(weights, pairs, strict=True):
         var += weight * (within + (one - mean) ** 2)
     return mean, var
+
+
+def _moments(sample: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each column; on the CPU torch.var_mean takes several times as long."""
+    mean = sample.mean(0)
+    centred = sample - mean
+    rest = centred.mean(0)  # of rounding
+    return mean + rest, torch.addcmul(centred.square_().mean(0), rest, rest, value=-1).clamp_(min=0)
 
 
 def _scale(var: Tensor, gamma: Tensor | None, eps: float) -> Tensor:
@@ -95,10 +104,7 @@ def _conv_batch_norm_backward(
     activation, parameters, input_gradient, residual_gradient,
 ):  # fmt: skip
     settings = Convolution(tuple(stride), tuple(padding), tuple(dilation), groups)
-    form = memory_format(x, weight)
-    g = definition.activation_backward(dy, at, activation, parameters) if activation else dy
-    g = g.clone(memory_format=form) if g is dy else g.contiguous(memory_format=form)
-    sum_g = g.sum(reduced_dimensions(g), dtype=mean.dtype)
+    g, sum_g = _through_activation(dy, at, activation, parameters, memory_format(x, weight))
     scale, rstd = _scale(var, gamma, eps), torch.rsqrt(var + eps)
     scaled = _scaled(weight, scale, x.dtype)
 
@@ -109,31 +115,31 @@ def _conv_batch_norm_backward(
     sum_of_centred = sum_g
     for index, share in zip(indices, shares, strict=True):
         # the sum is zero but for rounding, which a large mean makes felt
-        sum_of_centred = sum_of_centred - _subtract(g, index, per_channel(share * sum_g, g))
+        part = g[index].to(mean.dtype, copy=True)
+        g[index] = (part - per_channel(share * sum_g, g)).to(g.dtype)
+        sum_of_centred = sum_of_centred - (part - g[index].to(mean.dtype)).sum(reduced_dimensions(part))
     centred = _filters_gradient(g, x, scaled, settings).to(mean.dtype)
     product = (weight.to(mean.dtype) * centred).flatten(1).sum(1)
     sum_g_xhat = (product - mean * sum_of_centred) * rstd
 
-    correlation = torch.zeros_like(centred)
+    rows = (-1, *(1,) * (weight.ndim - 1))
     taken = windows(x, weight.shape[2:], settings, draw, boxes, read_draw=_on_host(x))
     parts = ((sample.to(mean.dtype) - mean) * rstd).split(counts)
     for index, share, window, xhat in zip(indices, shares, taken, parts, strict=True):
         shape = g[index].movedim(1, -1).shape
         xhat = xhat.view(shape).movedim(-1, 1)
-        _subtract(g, index, xhat * per_channel(share * sum_g_xhat, g))
+        g[index] = (g[index] - xhat * per_channel(share * sum_g_xhat, g)).to(g.dtype)
         # the root of the count is in both factors, so that no dtype overflows or loses bits
         root = math.sqrt(xhat.numel() // xhat.shape[1])
         places = Convolution(window.stride, window.padding, window.dilation, groups)
         found = _filters_gradient((xhat / root).to(x.dtype), window.crop, scaled, places)
-        correlation += share * root * found.to(mean.dtype)
-    rows = (-1, *(1,) * (weight.ndim - 1))
-    dweight = scale.view(rows) * (centred - sum_g_xhat.view(rows) * correlation)
+        centred = torch.addcmul(centred, found.to(mean.dtype), sum_g_xhat.view(rows), value=-share * root)
     dx = _input_gradient(g, x, scaled, settings) if input_gradient else x.new_empty(0)
     for index, part in zip(indices, before, strict=False):
         g[index] = part
     return (
         dx if not input_gradient or _in_order(dx, x) else torch.empty_like(x).copy_(dx),
-        torch.empty_like(weight).copy_(dweight),
+        torch.empty_like(weight).copy_(scale.view(rows) * centred),
         sum_g_xhat,
         sum_g,
         g if residual_gradient else x.new_empty(0),
@@ -144,11 +150,21 @@ def _in_order(dx: Tensor, x: Tensor) -> bool:
     return dx.stride() == torch.empty_like(x, device="meta").stride()
 
 
-def _subtract(g: Tensor, index: definition.Index, value: Tensor) -> Tensor:
-    """Subtract a value from a part of g; give the sum of what that took away, a channel, as it was rounded."""
-    part = g[index].to(value.dtype, copy=True)
-    g[index] = (part - value).to(g.dtype)
-    return (part - g[index].to(value.dtype)).sum(reduced_dimensions(part))
+def _through_activation(
+    dy: Tensor, at: Tensor | None, activation: str, parameters: Sequence[float], form: torch.memory_format
+) -> tuple[Tensor, Tensor]:
+    """Give g = dy act'(z), in memory of its own, and the sums of what it was rounded to."""
+    at = dy if at is None else at
+    if at.dtype is torch.float32 and takes(at):  # one pass: backward of a batch norm whose mean is 0 and variance 1
+        zeros = at.new_zeros(at.shape[1])
+        y = at if takes_output(activation) else None
+        point = zeros, torch.ones_like(zeros), None, None, None, y, 0.0, activation, parameters
+        backward = eager.kernel("backward_fused", at, dy) or torch.ops.leannorm.backward_fused
+        g, _, sum_g, _ = backward(dy, at, *point, False)
+        return g.contiguous(memory_format=form), sum_g
+    g = definition.activation_backward(dy, at, activation, parameters) if activation else dy
+    g = g.clone(memory_format=form) if g is dy else g.contiguous(memory_format=form)
+    return g, g.sum(reduced_dimensions(g), dtype=accumulation_dtype(g.dtype))
 
 
 def _filters_gradient(g: Tensor, x: Tensor, weight: Tensor, settings: Convolution) -> Tensor:

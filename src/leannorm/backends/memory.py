@@ -31,7 +31,7 @@ def are_plain_statistics(
     """Whether the kernels may move these: dense float32 vectors of one length, and an int64 counter or none."""
     shape = statistics[0].shape
     for t in statistics:
-        if t.dtype is not torch.float32 or t.shape != shape or not t.is_contiguous() or type(t) not in PLAIN:
+        if t.dtype is not torch.float32 or t.shape != shape or type(t) not in PLAIN or not t.is_contiguous():
             return False
         if not is_there(t):
             return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from leannorm import functional
 from leannorm.activation import Activation, as_activation
 from leannorm.methods import Method
 from leannorm.nn import calls, folding
-from leannorm.nn.recompute import recomputing
+from leannorm.nn.recompute import in_backward, recomputing
 from leannorm.nn.tracing import Unscriptable, is_traced, record
 from leannorm.nn.virtual import VirtualMark
 from leannorm.ops import eager
@@ -144,13 +145,15 @@ class SampledBatchNorm(Unscriptable, _BatchNorm):
             return self._eval_forward(input, residual, activation)
         if folded is None:
             return self._train_forward(input, residual, activation)
-        self._check_mark(input)
+        if self.statistics.virtual:
+            self._check_mark(input)
         y, mean, var = folding.conv_batch_norm(folded, self, input, residual, activation)
         self._take_in(y, mean, var, folded.regions)
         return y
 
     def _train_forward(self, input: Tensor, residual: Tensor | None, activation: str | Activation | None) -> Tensor:
-        self._check_mark(input)
+        if self.statistics.virtual:
+            self._check_mark(input)
         calls.record(None, self, input, residual, activation)
         regions = self.statistics.regions_of(input, self.place)
         y, mean, var = functional.batch_norm(
@@ -179,7 +182,7 @@ class SampledBatchNorm(Unscriptable, _BatchNorm):
         )
 
     def _check_mark(self, input: Tensor) -> None:
-        if not self.statistics.virtual or recomputing():  # the call that is computed again was checked
+        if recomputing():  # the call that is computed again was checked
             return
         rows = None if self.virtual_mark is None else self.virtual_mark.rows
         if rows != input.shape[0]:
@@ -192,30 +195,35 @@ class SampledBatchNorm(Unscriptable, _BatchNorm):
 
     def _take_in(self, input: Tensor, mean: Tensor, var: Tensor, regions: Regions) -> None:
         """Count a batch, and move the running statistics towards its own by the layer's momentum."""
-        factor = self.momentum if input.numel() > 0 and self._tracks() else None
-        if isinstance(factor, float) and self._track_natively(
-            mean, var, regions.unbiased, factor, self.num_batches_tracked
-        ):
-            return
+        track, factor = eager.kernel("track", mean), self.momentum
+        if track is not None and isinstance(factor, float) and input.numel() > 0:
+            if not self.track_running_stats or in_backward():
+                return
+            batches = self._buffers.get("num_batches_tracked")
+            if batches is not None and self._track_natively(track, mean, var, regions.unbiased, factor, batches):
+                return
         if self._counts(input):
             self._track(mean, var, unbiased=regions.unbiased)
-
-    def _tracks(self) -> bool:
-        return self.track_running_stats and self.num_batches_tracked is not None and not recomputing()
 
     def _counts(self, input: Tensor) -> bool:
         """Count a batch, and say whether the running statistics take it in."""
         batches = self.num_batches_tracked
-        if batches is None or not self._tracks():
+        if batches is None or not self.track_running_stats or recomputing():
             return False
         batches.add_(1)
         return input.numel() > 0
 
     def _track_natively(
-        self, mean: Tensor, var: Tensor, unbiased: float, factor: float, batches: Tensor | None = None
+        self,
+        track: Callable[..., bool],
+        mean: Tensor,
+        var: Tensor,
+        unbiased: float,
+        factor: float,
+        batches: Tensor | None = None,
     ) -> bool:
-        track, running_mean, running_var = eager.kernel("track", mean), self.running_mean, self.running_var
-        if track is None or running_mean is None or running_var is None:
+        running_mean, running_var = map(self._buffers.get, ("running_mean", "running_var"))
+        if running_mean is None or running_var is None:
             return False
         options = self.statistics.between_steps, self.guard_nonfinite
         return track(running_mean, running_var, batches, mean, var, unbiased, factor, *options)
@@ -235,7 +243,7 @@ class SampledBatchNorm(Unscriptable, _BatchNorm):
             factor = 1 / batches
         if isinstance(factor, Tensor):
             factor = factor.to(dtype)
-        elif self._track_natively(mean, var, unbiased, factor):
+        elif (track := eager.kernel("track", mean)) and self._track_natively(track, mean, var, unbiased, factor):
             return
         mean, var = mean.detach().to(dtype), var.detach().to(dtype) * unbiased
         if self.statistics.between_steps:

@@ -96,20 +96,16 @@ def _operands(
     """
     residual = activation = None
     for step in steps:
-        if is_identity(step):
-            continue
-        if activation is not None:
-            return None
         if isinstance(step, Tensor):
-            if residual is not None or step.shape != shape or step.dtype != dtype:
+            if residual is not None or activation is not None or step.shape != shape or step.dtype != dtype:
                 return None
             if not (step.is_cpu and input.is_cpu) and step.device != input.device:  # the first is quick
                 return None
             residual = step
-        else:
-            activation = activation_step(step)
-            if activation is None:
-                return None
+        elif (following := activation_step(step)) is not None and activation is None:
+            activation = following
+        elif not is_identity(step):
+            return None
     return residual, activation
 
 
@@ -139,7 +135,10 @@ KINDS: dict[str, type] = {"tensor": Tensor, "list": list}
 
 
 def _kind(argument: object) -> str:
-    return next((name for name, kind in KINDS.items() if isinstance(argument, kind)), "")
+    for name, kind in KINDS.items():
+        if isinstance(argument, kind):
+            return name
+    return ""
 
 
 class Fused(nn.Module):
@@ -230,7 +229,7 @@ def children_of_containers(block: nn.Module) -> tuple[tuple[str, tuple[str, ...]
 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module:
-    for name in path.split(".") if path else ():
+    for name in path.split("."):
         child = module._modules[name]
         module = module if child is None else child  # not by its truth: an empty Sequential is false
     return module
@@ -263,7 +262,7 @@ def compute(block: FusedBlock, args: tuple[Any, ...], kwargs: dict[str, Any], st
     """Compute what a block's own forward and then the steps would."""
     given = _arguments(block._fused_rewrite, args, kwargs) if block.training else None
     if given is not None and _has_its_children(block):
-        forward = block._fused_forwards.get(tuple([_kind(argument) for argument in given]))
+        forward = block._fused_forwards.get(tuple(map(_kind, given)))
         if forward is not None:
             return forward(block, *given) if block._fused_rewrite.tail is None else forward(block, *given, steps)
     return _follow(block._fused_original.forward(block, *args, **kwargs), steps)
@@ -282,7 +281,10 @@ def _arguments(rewrite: Rewrite, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 def _has_its_children(block: FusedBlock) -> bool:
     """Whether no child has come or gone since the block was traced."""
-    return all(tuple(_submodule(block, path)._modules) == names for path, names in block._fused_rewrite.containers)
+    for path, names in block._fused_rewrite.containers:
+        if tuple((_submodule(block, path) if path else block)._modules) != names:
+            return False
+    return True
 
 
 @functools.cache

@@ -10,6 +10,9 @@ def recomputing() -> bool:
 
     Under `torch.compile` the answer is False: the compiler's own recomputation repeats no buffer update.
     """
-    if torch.compiler.is_compiling():
-        return False
+    return not torch.compiler.is_compiling() and in_backward()
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is under way in this thread."""
     return torch._C._current_graph_task_id() != -1

@@ -122,8 +122,8 @@ def empty_cache() -> None:
         _kernels.release()
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _addresses(*tensors: Tensor | None) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def _per_channel(tensor: Tensor | None) -> Tensor | None:
@@ -138,7 +138,8 @@ def _in_order(tensor: Tensor, work: _Work) -> Tensor:
     return torch.empty_strided(tensor.shape, work.strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
-def _activation(kind: str, parameters: Sequence[float]) -> tuple[int, float, float]:
+@lru_cache(maxsize=256)
+def _activation(kind: str, parameters: tuple[float, ...]) -> tuple[int, float, float]:
     first, second = (*parameters, 0.0, 0.0)[:2]
     return _KINDS.index(kind), first, second
 
@@ -168,10 +169,8 @@ def _normalize(x, mean, var, weight, bias, residual, eps, activation, parameters
 def _forward(operator, work, x, y, mean, var, weight, bias, residual, signs, draw, eps, activation, parameters):
     x, residual = _in_order(x, work), None if residual is None else _in_order(residual, work)
     weight, bias = _per_channel(weight), _per_channel(bias)
-    operator(
-        _DTYPES[x.dtype], x.data_ptr(), _address(residual), y.data_ptr(), _address(signs), _address(weight),
-        _address(bias), mean.data_ptr(), var.data_ptr(), _address(draw), eps, *_activation(activation, parameters),
-    )  # fmt: skip
+    addresses = _addresses(x, residual, y, signs, weight, bias, mean, var, draw)
+    operator(_DTYPES[x.dtype], *addresses, eps, *_activation(activation, tuple(parameters)))
 
 
 def _batch_norm_backward(
@@ -230,11 +229,8 @@ def _backward(
     dx = _empty_like(x, work.strides)
     dresidual = _empty_like(x, work.strides) if residual_gradient else None
     sum_g_xhat, sum_g = torch.empty_like(mean), torch.empty_like(mean)
-    operator(
-        _DTYPES[x.dtype], dy.data_ptr(), x.data_ptr(), _address(residual), _address(y), _address(signs), dx.data_ptr(),
-        _address(dresidual), _address(weight), _address(bias), mean.data_ptr(), var.data_ptr(), sum_g_xhat.data_ptr(),
-        sum_g.data_ptr(), _address(draw), eps, *_activation(activation, parameters),
-    )  # fmt: skip
+    addresses = _addresses(dy, x, residual, y, signs, dx, dresidual, weight, bias, mean, var, sum_g_xhat, sum_g, draw)
+    operator(_DTYPES[x.dtype], *addresses, eps, *_activation(activation, tuple(parameters)))
     return dx, sum_g_xhat, sum_g, x.new_empty(0) if dresidual is None else dresidual
 
 
@@ -243,11 +239,9 @@ def _track(running_mean, running_var, batches, mean, var, unbiased, factor, betw
     does not take the tensors."""
     if not are_plain_statistics((mean, var, running_mean, running_var), batches, _is_cpu):
         return False
-    _kernels.track(
-        running_mean.data_ptr(), running_var.data_ptr(), _address(batches), mean.data_ptr(), var.data_ptr(),
-        mean.numel(), unbiased, factor, between_steps, guarded,
-    )  # fmt: skip
-    increment_version([t for t in (running_mean, running_var, batches) if t is not None])
+    addresses = _addresses(running_mean, running_var, batches, mean, var)
+    _kernels.track(*addresses, mean.numel(), unbiased, factor, between_steps, guarded)
+    increment_version((running_mean, running_var) if batches is None else (running_mean, running_var, batches))
     return True
 
 
