@@ -66,8 +66,9 @@ def batch_norm(
     _check(input.shape, input, weight, bias, residual)
     regions = statistics.regions_of(input) if isinstance(statistics, Statistics) else statistics
     _check_regions(regions, input.shape, eps)
-    draw = _draw(regions, input) if regions.draws else None
-    call = (input, weight, bias, residual, draw, regions.boxes, regions.weights, eps, *_kind(activation))
+    call = (
+        input, weight, bias, residual, _draw(regions, input), regions.boxes, regions.weights, eps, *_kind(activation)
+    )  # fmt: skip
     if decomposed and torch.compiler.is_compiling():
         y, mean, var = definition.batch_norm(*call)
         return y, mean.detach(), var.detach()
@@ -141,7 +142,7 @@ def conv_batch_norm(
     y, mean, var = folded.conv_batch_norm(
         input, conv_weight, conv_bias, weight, bias, residual,
         list(stride), list(padding), list(dilation), groups,
-        _draw(regions, input) if regions.draws else None, list(regions.boxes), list(regions.weights), eps,
+        _draw(regions, input), list(regions.boxes), list(regions.weights), eps,
         kind, list(parameters),
     )  # fmt: skip
     return y, mean if conv_bias is None else mean + conv_bias.detach(), var
@@ -293,7 +294,7 @@ def _native(x: Tensor, statistics: Sequence[Tensor], others: Sequence[Tensor | N
 
 
 def _kind(activation: str | Activation | None) -> tuple[str, tuple[float, ...]]:
-    act = activation if isinstance(activation, Activation) else as_activation(activation)
+    act = as_activation(activation)
     return (act.kind, act.parameters) if act else ("", ())
 
 
@@ -333,8 +334,8 @@ def _check_regions(regions: Regions, shape: Sequence[int], eps: float) -> None:
         raise one_element(shape)
 
 
-def _draw(regions: Regions, input: Tensor) -> Tensor:
-    return torch.randint(0, 2**62, (regions.draws,), device=input.device)
+def _draw(regions: Regions, input: Tensor) -> Tensor | None:
+    return torch.randint(0, 2**62, (regions.draws,), device=input.device) if regions.draws else None
 
 
 def one_element(shape: Sequence[int]) -> ValueError:

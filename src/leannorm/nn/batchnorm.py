@@ -145,15 +145,13 @@ class SampledBatchNorm(Unscriptable, _BatchNorm):
             return self._eval_forward(input, residual, activation)
         if folded is None:
             return self._train_forward(input, residual, activation)
-        if self.statistics.virtual:
-            self._check_mark(input)
+        self._check_mark(input)
         y, mean, var = folding.conv_batch_norm(folded, self, input, residual, activation)
         self._take_in(y, mean, var, folded.regions)
         return y
 
     def _train_forward(self, input: Tensor, residual: Tensor | None, activation: str | Activation | None) -> Tensor:
-        if self.statistics.virtual:
-            self._check_mark(input)
+        self._check_mark(input)
         calls.record(None, self, input, residual, activation)
         regions = self.statistics.regions_of(input, self.place)
         y, mean, var = functional.batch_norm(
@@ -182,7 +180,7 @@ class SampledBatchNorm(Unscriptable, _BatchNorm):
         )
 
     def _check_mark(self, input: Tensor) -> None:
-        if recomputing():  # the call that is computed again was checked
+        if not self.statistics.virtual or recomputing():  # the call that is computed again was checked
             return
         rows = None if self.virtual_mark is None else self.virtual_mark.rows
         if rows != input.shape[0]:
