@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from leannorm.backends import aten, conv_batch_norm, cpu, triton
 from leannorm.backends.choice import serving, takes
-from leannorm.backends.cpu import empty_cache
+from leannorm.backends.cpu.extension import empty_cache
 
 __all__ = ["aten", "conv_batch_norm", "cpu", "empty_cache", "serving", "takes", "triton"]

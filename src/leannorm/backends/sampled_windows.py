@@ -58,7 +58,7 @@ def windows(
                 crop, stride, around = _cut(crop, k + 1, start, count, step * settings.stride[k - 1], extent)
                 strides.append(stride)
                 paddings.append(around)
-        if any(before != after for before, after in paddings):
+        if any(before != after for before, after in paddings) or 0 in crop.shape[2:]:  # torch refuses an empty input
             crop = F.pad(crop, [size for around in reversed(paddings) for size in around])
             paddings = [(0, 0)] * len(paddings)
         found.append(Window(crop, tuple(strides), tuple(before for before, _ in paddings), settings.dilation))

@@ -5,8 +5,6 @@ The extension ``_kernels`` is built at install; without a compiler there is none
 
 from __future__ import annotations
 
-import importlib
-import os
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from operator import attrgetter
@@ -15,27 +13,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.utils.dlpack import from_dlpack
 
 from leannorm.backends import aten
+from leannorm.backends.cpu import extension
+from leannorm.backends.cpu.extension import DTYPES, activation_code, addresses, empty_like, per_channel
 from leannorm.backends.memory import PLAIN, are_plain_statistics, is_channels_last
 from leannorm.ops import eager
 from leannorm.ops.contract import takes_output
 
-_kernels: Any = None
-_missing = ""
-try:
-    _kernels = importlib.import_module("leannorm.backends.cpu._kernels")
-except ImportError as error:
-    _missing = f"the extension leannorm.backends.cpu._kernels was not built or does not load ({error})"
-
+_kernels, _missing = extension.kernels, extension.missing
 available = _kernels is not None
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_LEAST_KEPT = 1 << 20  # bytes; the C library itself keeps what is smaller
-_keeps = available and "LEANNORM_NO_CPU_MEMORY_CACHING" not in os.environ
 _is_cpu = attrgetter("is_cpu")
-_KINDS = ("", "relu", "clamp", "leaky_relu", "silu", "hardswish", "gelu", "gelu_tanh")  # as the kernels count them
 
 
 def why_not(x: Tensor) -> str | None:
@@ -46,7 +35,7 @@ def why_not(x: Tensor) -> str | None:
         return f"the native kernels are for the CPU, the input is on {x.device}"
     if type(x) not in PLAIN:
         return f"the native kernels read memory, which a {type(x).__name__} may not have"
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         return f"the native kernels take float32, bfloat16 and float16, the input is {x.dtype}"
     if x.numel() == 0:
         return "the input is empty"
@@ -57,7 +46,7 @@ def why_not(x: Tensor) -> str | None:
 
 def takes(x: Tensor) -> bool:
     """Say whether `why_not` has no reason, quicker."""
-    plain = available and x.dtype in _DTYPES and type(x) in PLAIN and x.device.type == "cpu"
+    plain = available and x.dtype in DTYPES and type(x) in PLAIN and x.device.type == "cpu"
     return plain and _takes_order(x.shape, x.stride())
 
 
@@ -89,47 +78,13 @@ def _work(
 
 def _work_on(x: Tensor, draw: Tensor | None, boxes: Sequence[int], weights: Sequence[float]) -> _Work | None:
     """Give what the kernels know of this input, or None where they do not take it."""
-    if x.dtype not in _DTYPES or type(x) not in PLAIN:
+    if x.dtype not in DTYPES or type(x) not in PLAIN:
         return None
     return _work(x.shape, x.stride(), tuple(boxes), tuple(weights), draw is not None)
 
 
-def _empty_like(x: Tensor, strides: Sequence[int]) -> Tensor:
-    """Give `torch.empty_like`, for large tensors in memory that is kept; see `leannorm.empty_cache`."""
-    if x.nbytes < _LEAST_KEPT or not _keeps or x.dtype not in _DTYPES:
-        return torch.empty_like(x)
-    try:
-        return from_dlpack(_kernels.kept_tensor(_DTYPES[x.dtype], x.shape, strides))
-    except MemoryError:
-        return torch.empty_like(x)  # whose error says how much there was to be
-
-
 def _strides_like(shape: Sequence[int], strides: Sequence[int]) -> Sequence[int]:
     return torch.empty_like(torch.empty_strided(shape, strides, device="meta")).stride()
-
-
-def empty_cache() -> None:
-    """Return to the system the memory that the native CPU kernels keep for their next results.
-
-    Results of 1 MiB and more lie in memory that is kept when they die, as PyTorch keeps it on a GPU; a result takes a
-    kept block of at most 1.25 times its size. What is kept and not in use is at most 1.25 times what was ever in use
-    at once, less what is in use. ``LEANNORM_NO_CPU_MEMORY_CACHING=1`` in the environment leaves all memory to PyTorch
-    (it is read at import), for instance where activations are resized in place, which is refused on kept memory.
-
-    >>> empty_cache()
-    """
-    if _kernels is not None:
-        _kernels.release()
-
-
-def _addresses(*tensors: Tensor | None) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-
-
-def _per_channel(tensor: Tensor | None) -> Tensor | None:
-    if tensor is None or (tensor.dtype is torch.float32 and tensor.is_contiguous()):
-        return tensor
-    return tensor.to(torch.float32).contiguous()
 
 
 def _in_order(tensor: Tensor, work: _Work) -> Tensor:
@@ -138,17 +93,11 @@ def _in_order(tensor: Tensor, work: _Work) -> Tensor:
     return torch.empty_strided(tensor.shape, work.strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
-@lru_cache(maxsize=256)
-def _activation(kind: str, parameters: tuple[float, ...]) -> tuple[int, float, float]:
-    first, second = (*parameters, 0.0, 0.0)[:2]
-    return _KINDS.index(kind), first, second
-
-
 def _batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters, with_signs=False):
     work = _work_on(x, draw, boxes, weights)
     if work is None:
         return aten.batch_norm(x, weight, bias, residual, draw, boxes, weights, eps, activation, parameters)
-    y = _empty_like(x, work.strides)
+    y = empty_like(x, work.strides)
     mean, var = x.new_empty(x.shape[1], dtype=torch.float32), x.new_empty(x.shape[1], dtype=torch.float32)
     signs = x.new_empty(work.sign_bytes, dtype=torch.uint8) if with_signs and work.sign_bytes else None
     operator = work.plan.batch_norm
@@ -160,17 +109,17 @@ def _normalize(x, mean, var, weight, bias, residual, eps, activation, parameters
     work = _work_on(x, None, (), ())
     if work is None:
         return aten.kernels["normalize"](x, mean, var, weight, bias, residual, eps, activation, parameters)
-    y, operator = _empty_like(x, work.strides), work.plan.normalize
-    mean, var = _per_channel(mean), _per_channel(var)
+    y, operator = empty_like(x, work.strides), work.plan.normalize
+    mean, var = per_channel(mean), per_channel(var)
     _forward(operator, work, x, y, mean, var, weight, bias, residual, None, None, eps, activation, parameters)
     return y
 
 
 def _forward(operator, work, x, y, mean, var, weight, bias, residual, signs, draw, eps, activation, parameters):
     x, residual = _in_order(x, work), None if residual is None else _in_order(residual, work)
-    weight, bias = _per_channel(weight), _per_channel(bias)
-    addresses = _addresses(x, residual, y, signs, weight, bias, mean, var, draw)
-    operator(_DTYPES[x.dtype], *addresses, eps, *_activation(activation, tuple(parameters)))
+    weight, bias = per_channel(weight), per_channel(bias)
+    places = addresses(x, residual, y, signs, weight, bias, mean, var, draw)
+    operator(DTYPES[x.dtype], *places, eps, *activation_code(activation, tuple(parameters)))
 
 
 def _batch_norm_backward(
@@ -208,7 +157,7 @@ def _backward_fused(dy, x, mean, var, weight, bias, residual, y, eps, activation
         return aten.kernels["backward_fused"](
             dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters, residual_gradient
         )
-    mean, var = _per_channel(mean), _per_channel(var)
+    mean, var = per_channel(mean), per_channel(var)
     return _backward(
         work.plan.backward_fused, work, dy, x, mean, var, weight, bias, residual, y, None, eps, activation, parameters,
         residual_gradient,
@@ -225,12 +174,12 @@ def _backward(
     signs = y if y is not None and y.dtype is torch.uint8 else None
     y = None if y is None or signs is not None else _in_order(y, work)
     x, dy, residual = _in_order(x, work), _in_order(dy, work), None if residual is None else _in_order(residual, work)
-    weight, bias = _per_channel(weight), _per_channel(bias)
-    dx = _empty_like(x, work.strides)
-    dresidual = _empty_like(x, work.strides) if residual_gradient else None
+    weight, bias = per_channel(weight), per_channel(bias)
+    dx = empty_like(x, work.strides)
+    dresidual = empty_like(x, work.strides) if residual_gradient else None
     sum_g_xhat, sum_g = torch.empty_like(mean), torch.empty_like(mean)
-    addresses = _addresses(dy, x, residual, y, signs, dx, dresidual, weight, bias, mean, var, sum_g_xhat, sum_g, draw)
-    operator(_DTYPES[x.dtype], *addresses, eps, *_activation(activation, tuple(parameters)))
+    places = addresses(dy, x, residual, y, signs, dx, dresidual, weight, bias, mean, var, sum_g_xhat, sum_g, draw)
+    operator(DTYPES[x.dtype], *places, eps, *activation_code(activation, tuple(parameters)))
     return dx, sum_g_xhat, sum_g, x.new_empty(0) if dresidual is None else dresidual
 
 
@@ -239,8 +188,8 @@ def _track(running_mean, running_var, batches, mean, var, unbiased, factor, betw
     does not take the tensors."""
     if not are_plain_statistics((mean, var, running_mean, running_var), batches, _is_cpu):
         return False
-    addresses = _addresses(running_mean, running_var, batches, mean, var)
-    _kernels.track(*addresses, mean.numel(), unbiased, factor, between_steps, guarded)
+    places = addresses(running_mean, running_var, batches, mean, var)
+    _kernels.track(*places, mean.numel(), unbiased, factor, between_steps, guarded)
     increment_version((running_mean, running_var) if batches is None else (running_mean, running_var, batches))
     return True
 

@@ -106,6 +106,16 @@ typename T::Scalar* at(void* tensor, int64_t offset = 0) {
   return tensor ? static_cast<typename T::Scalar*>(tensor) + offset : nullptr;
 }
 
+template <class T>
+void put(typename T::Scalar* p, Vec v, bool around_caches, All all) {
+  around_caches ? stream<T>(p, v) : store<T>(p, v, all);
+}
+
+template <class T>
+void put(typename T::Scalar* p, Vec v, bool, Some some) {
+  store<T>(p, v, some);
+}
+
 // Calls body with the storage type. Instructions for one type alone are not worth the code of the others.
 template <class Body>
 void with_dtype(Dtype dtype, Body body) {

@@ -2,6 +2,7 @@
 #include "kernels.hpp"
 
 #include "activations.hpp"
+#include "depthwise_kernels.hpp"
 #include "moments.hpp"
 #include "simd.hpp"
 #include "stage.hpp"
@@ -52,16 +53,6 @@ struct PlaneSums {
     g_centred += b;
   }
 };
-
-template <class T>
-void put(typename T::Scalar* p, Vec v, bool around_caches, All all) {
-  around_caches ? stream<T>(p, v) : store<T>(p, v, all);
-}
-
-template <class T>
-void put(typename T::Scalar* p, Vec v, bool, Some some) {
-  store<T>(p, v, some);
-}
 
 // Rows of n elements that are taken together: where they begin, their weights, and what will be wanted a while later.
 // That is asked for ahead of time, since the hardware's prefetching ends at each page.
@@ -358,6 +349,7 @@ void correct_runs(const Tensors& t, const Channels& channels, int64_t spatial, i
 const Kernels kernels = {
     moments_rows,   moments_sampled_rows, moments_planes, moments_sampled_planes, moments_of_runs, forward_rows,
     forward_planes, backward_rows,        backward_planes, correct_rows,          correct_planes,  correct_runs,
+    depthwise_at,   depthwise_forward,    depthwise_sums, depthwise_backward,
 };
 
 }  // namespace leannorm::LEANNORM_ISA

@@ -70,12 +70,71 @@ struct Runs {
   int64_t count;
 };
 
-// Floats of scratch for rows of a width.
+// Floats of scratch for rows of a width, and for depthwise convolutions.
 constexpr int64_t scratch_size(int64_t width) { return 3 * (width + 64); }
 
 // Pieces of planes: some units of some channels.
 struct Pieces {
   int64_t first_channel, end_channel, first_unit, end_unit;
+};
+
+// A depthwise convolution over channels-last memory.
+
+struct Link {
+  int64_t at, tap;
+};
+struct LinkRange {
+  const Link* links;
+  int64_t count;
+};
+
+// Elements of one dimension, `step` apart, that are linked through the same taps: the first one to these links, each
+// further one to what lies `stride` behind. What they are linked to can lie before the beginning or behind the end.
+struct LinkRun {
+  int64_t first, step, count, stride;
+  LinkRange links;
+};
+
+// Columns: outputs see inputs, inputs are seen by outputs. Buffers of a row have so many zeros before and behind.
+struct ColumnLinks {
+  int64_t size, outputs;
+  LinkRun seen;
+  const LinkRun* seeing;
+  int64_t seeing_runs;
+  int64_t inputs_before, inputs_behind, outputs_before, outputs_behind;
+};
+
+// Rows: the same, without what there is not.
+struct RowLinks {
+  int64_t size, outputs;
+  const LinkRange *seen, *seeing;  // of each output, of each input
+  int64_t stride, padding;
+  int64_t span_of_seen, span_of_seeing;  // from the first to the last of them, at most
+  // The number of first inputs that no output behind this one sees.
+  int64_t complete(int64_t output) const {
+    const int64_t end = (output + 1) * stride - padding;
+    return output + 1 == outputs || end > size ? size : end < 0 ? 0 : end;
+  }
+};
+
+constexpr int64_t kMostTaps = 128;
+
+// Tables of a number a tap and channel have `padded` channels, whole vectors of any instruction set.
+struct Depthwise {
+  RowLinks rows;
+  ColumnLinks columns;
+  int64_t channels, padded, taps, kernel_columns;
+  // Floats of rows of all channels in buffers.
+  int64_t input_row() const { return (columns.inputs_before + columns.size + columns.inputs_behind) * padded; }
+  int64_t output_row() const { return (columns.outputs_before + columns.outputs + columns.outputs_behind) * padded; }
+};
+
+// Sampled outputs: their positions, ascending, their rows in the sample, their weights.
+struct SampledRows {
+  const int64_t *positions, *rows;
+  const float* weights;
+  int64_t count;
+  const void* sample;  // the convolution there
 };
 
 // begin and end are channels. Moments are zero before, sums of backward are added to.
@@ -94,6 +153,15 @@ struct Kernels {
   void (*correct_rows)(const Tensors&, const Channels&, int64_t width, Sampled);
   void (*correct_planes)(const Tensors&, const Channels&, int64_t spatial, int64_t begin, int64_t end, Sampled);
   void (*correct_runs)(const Tensors&, const Channels&, int64_t spatial, int64_t begin, int64_t end, Runs);
+  // Of depthwise convolutions. first and last are rows of outputs, counted over all samples.
+  void (*depthwise_at)(const Tensors&, const Depthwise&, const float* filters, const int64_t* positions, int64_t count,
+                       int64_t begin, int64_t end);
+  void (*depthwise_forward)(const Tensors&, const Depthwise&, const float* filters, const float* shift, int64_t first,
+                            int64_t last, float* scratch);
+  void (*depthwise_sums)(const Tensors&, const Depthwise&, const SampledRows&, const Channels&, int64_t first,
+                         int64_t last, double* totals, float* scratch);
+  void (*depthwise_backward)(const Tensors&, const Depthwise&, const float* filters, const SampledRows&,
+                             const Channels&, int64_t first, int64_t last, float* scratch);
 };
 
 namespace avx512_bf16 {

@@ -1,5 +1,6 @@
 // The extension module: tensors come as addresses, with all that their owner has checked (see the package's __init__.py).
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -8,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "depthwise.hpp"
 #include "driver.hpp"
 #include "kept_tensor.hpp"
 #include "kernels.hpp"
@@ -98,6 +100,48 @@ void backward(const Plan& plan, int dtype, Address dy, Address x, Address residu
             pointer<float>(sum_g));
 }
 
+void depthwise_forward_at(const DepthwisePlan& plan, int dtype, Address x, Address residual, Address y, Address z,
+                          Address sample, Address weight, Address gamma, Address beta, Address mean, Address var,
+                          Address draw, double eps, int kind, float first, float second) {
+  const Tensors tensors{.dtype = static_cast<Dtype>(dtype),
+                        .activation = {static_cast<Kind>(kind), first, second},
+                        .x = pointer<void>(x),
+                        .dy = nullptr,
+                        .residual = pointer<void>(residual),
+                        .y = nullptr,
+                        .out = pointer<void>(y),
+                        .dresidual = pointer<void>(z),
+                        .signs = nullptr,
+                        .stream = false};
+  const DepthwiseCall call{tensors,
+                           pointer<int64_t>(draw),
+                           pointer<float>(weight),
+                           pointer<float>(gamma),
+                           pointer<float>(beta),
+                           eps};
+  depthwise_forward(chosen.of(dtype), plan, call, pointer<void>(sample), pointer<float>(mean), pointer<float>(var));
+}
+
+void depthwise_backward_at(const DepthwisePlan& plan, int dtype, Address dy, Address x, Address at, Address dx,
+                           Address dresidual, Address sample, Address weight, Address gamma, Address mean, Address var,
+                           Address dweight, Address sum_g_xhat, Address sum_g, Address draw, double eps, int kind,
+                           float first, float second) {
+  const Tensors tensors{.dtype = static_cast<Dtype>(dtype),
+                        .activation = {static_cast<Kind>(kind), first, second},
+                        .x = pointer<void>(x),
+                        .dy = pointer<void>(dy),
+                        .residual = nullptr,
+                        .y = pointer<void>(at),
+                        .out = pointer<void>(dx),
+                        .dresidual = pointer<void>(dresidual),
+                        .signs = nullptr,
+                        .stream = false};
+  const DepthwiseCall call{
+      tensors, pointer<int64_t>(draw), pointer<float>(weight), pointer<float>(gamma), nullptr, eps};
+  depthwise_backward(chosen.of(dtype), plan, call, pointer<void>(sample), pointer<float>(mean), pointer<float>(var),
+                     pointer<float>(dweight), pointer<float>(sum_g_xhat), pointer<float>(sum_g));
+}
+
 }  // namespace
 }  // namespace leannorm
 
@@ -113,6 +157,14 @@ NB_MODULE(_kernels, m) {
       .def("batch_norm_backward", &leannorm::backward<leannorm::batch_norm_backward>, unlocked)
       .def("normalize", &leannorm::forward<leannorm::normalize>, unlocked)
       .def("backward_fused", &leannorm::backward<leannorm::backward_fused>, unlocked);
+  using leannorm::DepthwisePlan;
+  using Pair = std::array<int64_t, 2>;
+  nb::class_<DepthwisePlan>(m, "DepthwisePlan")
+      .def(nb::init<int64_t, int64_t, Pair, Pair, Pair, Pair, Pair, std::vector<int64_t>, std::vector<double>, bool>(),
+           "samples"_a, "channels"_a, "sizes"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a, "boxes"_a,
+           "shares"_a, "drawn"_a)
+      .def("forward", &leannorm::depthwise_forward_at, unlocked)
+      .def("backward", &leannorm::depthwise_backward_at, unlocked);
   m.def(
       "kept_tensor",
       [](int dtype, std::vector<int64_t> shape, std::vector<int64_t> strides) {

@@ -58,7 +58,7 @@ Block Pool::take(std::size_t bytes) {
     idle_bytes_ -= taken.bytes;
   } else {
     const std::size_t most = std::max(most_held_, held_bytes_ + bytes);
-    shrink_to(most + most / 4 - held_bytes_ - bytes);
+    shrink_to(most + most / 2 - held_bytes_ - bytes);
     taken.start = allocate(bytes);
     if (!taken.start) {
       shrink_to(0);

@@ -1,0 +1,101 @@
+"""The depthwise convolution folded with its batch norm, by native kernels; see `leannorm.ops.conv_batch_norm`.
+
+Such a convolution is bound by memory, as batch norm is, so that the two as one kernel take little more than either:
+forward reads x and writes y; backward reads x, dy and y for the sums, then dy and y for dx.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leannorm.backends.cpu import extension
+from leannorm.backends.cpu.extension import DTYPES, activation_code, addresses, empty_strided, per_channel
+from leannorm.backends.memory import PLAIN
+from leannorm.ops.contract import takes_output
+from leannorm.ops.conv_batch_norm import memory_format, output_shape, sampled_elements
+
+_MOST_TAPS = 128
+
+
+def plan(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    draw: Tensor | None,
+    boxes: Sequence[int],
+    weights: Sequence[float],
+) -> Any:
+    """Give what the kernels know of a call, or None where they do not take it."""
+    if (
+        groups == 1
+        or x.ndim != 4
+        or not groups == x.shape[1] == weight.shape[0]
+        or weight[0, 0].numel() > _MOST_TAPS
+        or type(x) not in PLAIN
+        or type(weight) not in PLAIN
+        or not (x.is_cpu and weight.is_cpu)
+        or x.dtype not in DTYPES
+        or weight.dtype not in DTYPES
+        or extension.kernels is None
+        or x.numel() == 0
+        or not x.is_contiguous(memory_format=torch.channels_last)
+        or memory_format(x, weight) != torch.channels_last
+    ):
+        return None
+    places = tuple(stride), tuple(padding), tuple(dilation)
+    return _plan(x.shape, weight.shape[2:], *places, tuple(boxes), tuple(weights), draw is not None)
+
+
+@lru_cache(maxsize=1024)
+def _plan(shape, kernel, stride, padding, dilation, boxes, weights, drawn):
+    sizes = list(shape[2:]), list(kernel), list(stride), list(padding), list(dilation)
+    return extension.kernels.DepthwisePlan(shape[0], shape[1], *sizes, list(boxes), list(weights), drawn)
+
+
+def conv_batch_norm(
+    plan, x, weight, gamma, beta, residual, stride, padding, dilation, draw, boxes, eps, activation, parameters
+):
+    """Compute the operator of this name."""
+    shape = output_shape(x.shape, weight.shape, stride, padding, dilation)
+    y = _empty(shape, x.dtype)
+    kept = _empty(shape, x.dtype) if activation and not takes_output(activation) else None
+    mean, var = torch.empty(shape[1]), torch.empty(shape[1])
+    sample = x.new_empty(sum(sampled_elements(boxes, 3)), shape[1])
+    residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
+    constants = per_channel(weight), per_channel(gamma), per_channel(beta)
+    places = addresses(x, residual, y, kept, sample, *constants, mean, var, draw)
+    plan.forward(DTYPES[x.dtype], *places, eps, *activation_code(activation, tuple(parameters)))
+    return y, mean, var, sample, x.new_empty(0) if kept is None else kept
+
+
+def conv_batch_norm_backward(
+    plan, dy, x, weight, gamma, at, mean, var, sample, draw, eps, activation, parameters, input_gradient,
+    residual_gradient,
+):  # fmt: skip
+    """Compute the operator of this name."""
+    dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    at = None if at is None else at.contiguous(memory_format=torch.channels_last)
+    dx = _empty(x.shape, x.dtype) if input_gradient else None
+    dresidual = _empty(dy.shape, x.dtype) if residual_gradient else None
+    direct = weight.dtype is torch.float32 and weight.is_contiguous()
+    dweight = torch.empty_like(weight) if direct else torch.empty(weight.shape)
+    sum_g_xhat, sum_g = torch.empty_like(mean), torch.empty_like(mean)
+    constants = per_channel(weight), per_channel(gamma), mean, var
+    places = addresses(dy, x, at, dx, dresidual, sample, *constants, dweight, sum_g_xhat, sum_g, draw)
+    plan.backward(DTYPES[x.dtype], *places, eps, *activation_code(activation, tuple(parameters)))
+    dweight = dweight if direct else torch.empty_like(weight).copy_(dweight)
+    none = x.new_empty(0)
+    return none if dx is None else dx, dweight, sum_g_xhat, sum_g, none if dresidual is None else dresidual
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    _, channels, height, width = shape
+    return empty_strided(shape, (height * width * channels, 1, width * channels, channels), dtype)
