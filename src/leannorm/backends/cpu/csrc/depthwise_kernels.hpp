@@ -46,12 +46,14 @@ class Inputs {
 
  private:
   void fetch(int64_t before, int64_t row) {
-    int64_t& there = there_[row % d_.rows.span_of_seen % kMostTaps];
-    if (d_.rows.span_of_seen <= kMostTaps && there == before + row + 1) return;
-    there = before + row + 1;
+    const int64_t place = row % d_.rows.span_of_seen, counted = before + row + 1;
+    if (place < kMostTaps) {
+      if (there_[place] == counted) return;
+      there_[place] = counted;
+    }
     const auto* x = x_ + (before + row) * d_.columns.size * d_.channels;
-    each_in_order(ring_.row(row), d_.channels, [=](float* place, int64_t k, auto lanes) {
-      store<Float32>(place, load<T>(x + k, lanes), All{});
+    each_in_order(ring_.row(row), d_.channels, [=](float* to, int64_t k, auto lanes) {
+      store<Float32>(to, load<T>(x + k, lanes), All{});
     });
   }
 
