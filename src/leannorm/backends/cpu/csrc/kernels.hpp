@@ -70,7 +70,7 @@ struct Runs {
   int64_t count;
 };
 
-// Floats of scratch for rows of a width, and for depthwise convolutions.
+// Floats of scratch for rows of a width.
 constexpr int64_t scratch_size(int64_t width) { return 3 * (width + 64); }
 
 // Pieces of planes: some units of some channels.
@@ -153,7 +153,8 @@ struct Kernels {
   void (*correct_rows)(const Tensors&, const Channels&, int64_t width, Sampled);
   void (*correct_planes)(const Tensors&, const Channels&, int64_t spatial, int64_t begin, int64_t end, Sampled);
   void (*correct_runs)(const Tensors&, const Channels&, int64_t spatial, int64_t begin, int64_t end, Runs);
-  // Of depthwise convolutions. first and last are rows of outputs, counted over all samples.
+  // Of depthwise convolutions. first and last are rows of outputs, counted over all samples; scratch holds the rows
+  // that they are linked to, a row of results and tables, as depthwise.cpp counts them.
   void (*depthwise_at)(const Tensors&, const Depthwise&, const float* filters, const int64_t* positions, int64_t count,
                        int64_t begin, int64_t end);
   void (*depthwise_forward)(const Tensors&, const Depthwise&, const float* filters, const float* shift, int64_t first,
