@@ -67,7 +67,7 @@ def incoming(case: ConvCase, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("activation", [None, RELU, Activation("silu")], ids=str)
 @pytest.mark.parametrize("name", WIDE)
-def test_error_is_at_most_that_of_torchs_convolution(monkeypatch, instruction_set, name, activation, residual, dtype):
+def test_error_is_at_most_twice_torchs(monkeypatch, instruction_set, name, activation, residual, dtype):
     case = WIDE[name]
     setup = make(case, "grid:1/4", activation, dtype, residual=residual)
     exact = make(case, "grid:1/4", activation, dtype, residual=residual).to(torch.float64)

@@ -38,7 +38,7 @@ def plan(
         groups == 1
         or x.ndim != 4
         or not groups == x.shape[1] == weight.shape[0]
-        or weight[0, 0].numel() > _MOST_TAPS
+        or weight.shape[2:].numel() > _MOST_TAPS
         or type(x) not in PLAIN
         or type(weight) not in PLAIN
         or not (x.is_cpu and weight.is_cpu)

@@ -11,15 +11,11 @@ namespace leannorm {
 namespace {
 
 constexpr int64_t kLanes = 16;            // of the widest vectors
-constexpr int64_t kCacheBytes = 8 << 20;  // larger calls write around the caches
-
-int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+constexpr int64_t kCacheBytes = 8 << 20;  // larger results are written around the caches
 
 LinkRange range_of(const std::vector<Link>& links) { return {links.data(), static_cast<int64_t>(links.size())}; }
 
 int64_t padded(int64_t channels) { return divide_up(channels, kLanes) * kLanes; }
-
-int threads_for(int64_t work) { return work < kSerial || omp_in_parallel() ? 1 : omp_get_max_threads(); }
 
 // Memory that a thread keeps: what it would get anew from the C library it would get page by page.
 template <class T>
@@ -71,11 +67,7 @@ SampledRows view_of(const SampledOutputs& sampled, const void* sample) {
 }
 
 bool streams(const DepthwisePlan& plan, const Tensors& t, int64_t elements) {
-  constexpr uintptr_t kLine = 64;
-  const int64_t bytes = bytes_of(t.dtype);
-  const auto starts_a_line = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % kLine == 0; };
-  return elements * bytes > kCacheBytes && plan.channels * bytes % kLine == 0 && starts_a_line(t.out) &&
-         starts_a_line(t.dresidual);
+  return elements * size_of(t.dtype) > kCacheBytes && has_whole_lines(t, plan.channels);
 }
 
 }  // namespace
@@ -162,26 +154,26 @@ SampledOutputs DepthwisePlan::sampled(const int64_t* draw) const {
     const auto box = boxes.begin() + r * numbers;
     const Places region(sizes, draw ? draw + r * sizes.size() : nullptr, {box, box + numbers}, {1.0},
                         [](int64_t position) { return position; });
-    found.in_turn.insert(found.in_turn.end(), region.offsets.begin(), region.offsets.end());
+    found.by_region.insert(found.by_region.end(), region.offsets.begin(), region.offsets.end());
     weights.insert(weights.end(), region.size(), shares[r] / region.count);
   }
   const double largest = *std::max_element(weights.begin(), weights.end());
-  for (const double weight : weights) found.turn_weights.push_back(static_cast<float>(weight / largest));
-  found.count = std::accumulate(found.turn_weights.begin(), found.turn_weights.end(), 0.0);
+  for (const double weight : weights) found.weights_by_region.push_back(static_cast<float>(weight / largest));
+  found.count = std::accumulate(found.weights_by_region.begin(), found.weights_by_region.end(), 0.0);
 
   std::vector<int64_t> order(weights.size());
   std::iota(order.begin(), order.end(), 0);
   if (shares.size() > 1)
     std::stable_sort(order.begin(), order.end(),
-                     [&](int64_t a, int64_t b) { return found.in_turn[a] < found.in_turn[b]; });
+                     [&](int64_t a, int64_t b) { return found.by_region[a] < found.by_region[b]; });
   for (const int64_t row : order) {
-    if (!found.positions.empty() && found.positions.back() == found.in_turn[row]) {
-      found.weights.back() += found.turn_weights[row];
+    if (!found.positions.empty() && found.positions.back() == found.by_region[row]) {
+      found.weights.back() += found.weights_by_region[row];
       continue;
     }
-    found.positions.push_back(found.in_turn[row]);
+    found.positions.push_back(found.by_region[row]);
     found.rows.push_back(row);
-    found.weights.push_back(found.turn_weights[row]);
+    found.weights.push_back(found.weights_by_region[row]);
   }
   return found;
 }
@@ -191,7 +183,7 @@ void depthwise_forward(const Kernels& kernels, const DepthwisePlan& plan, const 
   const Depthwise d = plan.view();
   std::optional<SampledOutputs> drawn;
   const SampledOutputs& sampled = plan.fixed ? *plan.fixed : drawn.emplace(plan.sampled(call.draw));
-  const auto count = static_cast<int64_t>(sampled.in_turn.size());
+  const auto count = static_cast<int64_t>(sampled.by_region.size());
   std::vector<int64_t> offsets(count);
   for (int64_t i = 0; i < count; ++i) offsets[i] = i * d.channels;
   Filters filters(plan);
@@ -200,11 +192,11 @@ void depthwise_forward(const Kernels& kernels, const DepthwisePlan& plan, const 
     filters.set(call.weight, channels, [](int64_t) { return 1.0; });
     Tensors t = call.tensors;
     t.out = sample;
-    kernels.depthwise_at(t, d, filters.data(), sampled.in_turn.data(), count, channels.begin, channels.end);
-    t.x = static_cast<const char*>(sample) + channels.begin * bytes_of(t.dtype);
+    kernels.depthwise_at(t, d, filters.data(), sampled.by_region.data(), count, channels.begin, channels.end);
+    t.x = static_cast<const char*>(sample) + channels.begin * size_of(t.dtype);
     std::vector<double> sums(channels.size()), squares(channels.size());
     std::vector<float> scratch(scratch_size(channels.size()));
-    kernels.moments_sampled_rows(t, channels.size(), {offsets.data(), sampled.turn_weights.data(), count},
+    kernels.moments_sampled_rows(t, channels.size(), {offsets.data(), sampled.weights_by_region.data(), count},
                                  {sums.data(), squares.data()}, scratch.data());
     const Scale scale{call, var};
     for (int64_t c = channels.begin; c < channels.end; ++c) {

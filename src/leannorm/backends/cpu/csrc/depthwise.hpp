@@ -37,8 +37,8 @@ class Links {
 // Positions and weights of sampled outputs: region after region, as the sample has them; and each once, ascending, with
 // its row in the sample. Those of one region have weight 1.
 struct SampledOutputs {
-  std::vector<int64_t> in_turn;
-  std::vector<float> turn_weights;
+  std::vector<int64_t> by_region;
+  std::vector<float> weights_by_region;
   std::vector<int64_t> positions, rows;
   std::vector<float> weights;
   double count = 0;  // the sum of all weights
@@ -61,7 +61,7 @@ struct DepthwisePlan {
 };
 
 struct DepthwiseCall {
-  Tensors tensors;              // x and y are of different sizes here; backward takes y or z as y
+  Tensors tensors;            // backward takes y or z as y
   const int64_t* draw;        // may be null
   const float* weight;        // (C, taps)
   const float *gamma, *beta;  // may be null

@@ -294,7 +294,7 @@ void depthwise_backward(const Tensors& t, const Depthwise& d, const float* filte
         add_gradient<T>(ahead, t, d, sample * d.rows.outputs + output);
         for (const int64_t complete = d.rows.complete(output); next < complete; ++next) {
           write(sample, next, ahead);
-          ahead = Ahead(0);
+          ahead = Ahead(0);  // the first has asked for all
         }
       }
       row += end - begin;

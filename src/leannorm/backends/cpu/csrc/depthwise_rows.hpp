@@ -165,8 +165,7 @@ void convolve(const Depthwise& d, const LinkRun& run, const LinkedRows& linked, 
   const int64_t to_step = run.step * kLanes, step = run.stride * kLanes;
   if (linked.count == 0 || run.links.count == 0)
     for (int64_t i = 0; i < run.count; ++i) store<Float32>(to + i * to_step, start, All{});
-  const auto add = [&]<int kRowTaps, int kColumnTaps>(const Taps<kRowTaps, kColumnTaps>& given, bool first) {
-    const auto taps = given;
+  const auto add = [&]<int kRowTaps, int kColumnTaps>(Taps<kRowTaps, kColumnTaps> taps, bool first) {
     Vec values[kRowTaps][kColumnTaps];
 #pragma GCC unroll 3
     for (int r = 0; r < kRowTaps; ++r)
@@ -187,8 +186,7 @@ void correlate(const Depthwise& d, const LinkRun& run, const LinkedRows& linked,
                const Ahead& ahead) {
   const float* const from = g.at(c, run.first);
   const int64_t from_step = run.step * kLanes, step = run.stride * kLanes;
-  const auto add = [&]<int kRowTaps, int kColumnTaps>(const Taps<kRowTaps, kColumnTaps>& given, bool first) {
-    const auto taps = given;
+  const auto add = [&]<int kRowTaps, int kColumnTaps>(Taps<kRowTaps, kColumnTaps> taps, bool first) {
     Vec values[kRowTaps][kColumnTaps]{};
     for (int64_t i = 0; i < run.count; ++i) {
       if (first) ahead.ask_for(c / kLanes * g.count + i);
@@ -215,8 +213,7 @@ struct SampledPositions {
 void correlate_sampled(const Depthwise& d, const SampledPositions& places, const LinkedRows& linked, int64_t c,
                        float* sums, float* weighted_sums) {
   const LinkRun& run = d.columns.seen;
-  const auto add = [&]<int kRowTaps, int kColumnTaps>(const Taps<kRowTaps, kColumnTaps>& given, bool) {
-    const auto taps = given;
+  const auto add = [&]<int kRowTaps, int kColumnTaps>(Taps<kRowTaps, kColumnTaps> taps, bool) {
     Vec values[kRowTaps][kColumnTaps]{}, weighted[kRowTaps][kColumnTaps]{};
     for (int64_t i = 0; i < places.count; ++i) {
       const Vec weight = broadcast(places.weights[i]), xhat = load<Float32>(places.weighted + i * kLanes, All{});

@@ -37,13 +37,14 @@ struct Channels {
 struct Tensors {
   Dtype dtype;
   Activation activation;
-  const void *x, *dy;
-  const void* residual;  // may be null
-  const void* y;         // backward's alternative to the residual, for activations that take their output; may be null
-  void* out;             // y in forward, dx in backward
-  void* dresidual;       // may be null
-  uint8_t* signs;        // forward writes them, backward takes them in place of y; may be null
-  bool stream;           // the outputs exceed the caches: write around them
+  const void *x = nullptr, *dy = nullptr;
+  const void* residual = nullptr;  // may be null
+  // Backward's alternative to the residual, for activations that take their output; may be null.
+  const void* y = nullptr;
+  void* out = nullptr;        // y in forward, dx in backward
+  void* dresidual = nullptr;  // may be null
+  uint8_t* signs = nullptr;   // forward writes them, backward takes them in place of y; may be null
+  bool stream = false;        // the outputs exceed the caches: write around them
 };
 
 enum class Backward : int { reduce, fused, exact };  // sums alone; dx = scale g and the sums; dx alone

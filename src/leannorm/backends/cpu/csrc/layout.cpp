@@ -8,15 +8,17 @@ namespace {
 
 constexpr int64_t kLine = 64;  // bytes of a cache line
 
-int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
-
 float inverse_deviation(float var, double eps) { return static_cast<float>(1 / std::sqrt(var + eps)); }
 
 }  // namespace
 
+int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+int threads_for(int64_t elements) { return elements < kSerial || omp_in_parallel() ? 1 : omp_get_max_threads(); }
+
 Layout::Layout(const Plan& plan)
     : Geometry{plan.sizes[0], plan.channels, plan.spatial(), 1, 1},
-      threads(elements() < kSerial || omp_in_parallel() ? 1 : omp_get_max_threads()) {}
+      threads(threads_for(elements())) {}
 
 ChannelBuffers::ChannelBuffers(const Geometry& g)
     : channels(g.channels), width(g.width()), padded(width + 64), values(5 * padded) {
@@ -40,13 +42,15 @@ int threads_for(const Layout& layout, const Places& places) {
   return places.size() * layout.channels < kSerial ? 1 : layout.threads;
 }
 
+bool has_whole_lines(const Tensors& t, int64_t width) {
+  const auto starts_a_line = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % kLine == 0; };
+  return width * size_of(t.dtype) % kLine == 0 && starts_a_line(t.out) && starts_a_line(t.dresidual);
+}
+
 Tensors with_streaming(Tensors t, const Layout& layout, int64_t limit, int64_t width) {
-  const int64_t bytes = size_of(t.dtype);
   const void* all[] = {t.x, t.dy, t.residual, t.y, t.out, t.dresidual};
   const int64_t streams = std::count_if(std::begin(all), std::end(all), [](const void* p) { return p != nullptr; });
-  const auto starts_a_line = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % kLine == 0; };
-  t.stream = streams * layout.elements() * bytes > limit && width * bytes % kLine == 0 &&
-             starts_a_line(t.out) && starts_a_line(t.dresidual);
+  t.stream = streams * layout.elements() * size_of(t.dtype) > limit && has_whole_lines(t, width);
   return t;
 }
 

@@ -88,6 +88,13 @@ class Sample {
 // The threads for sampled elements alone.
 int threads_for(const Layout&, const Places&);
 
+int threads_for(int64_t elements);
+
+int64_t size_of(Dtype);  // in bytes
+
+// Whether rows of `width` elements of the results are whole cache lines.
+bool has_whole_lines(const Tensors&, int64_t width);
+
 // Writes around the caches if the tensors have more bytes than `limit`. Rows of `width` elements are to be whole cache
 // lines for that; planes need not be.
 Tensors with_streaming(Tensors, const Layout&, int64_t limit, int64_t width = 0);

@@ -64,19 +64,18 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+Tensors of_kind(int dtype, int kind, float first, float second) {
+  return {.dtype = static_cast<Dtype>(dtype), .activation = {static_cast<Kind>(kind), first, second}};
+}
+
 template <auto kOperator>
 void forward(const Plan& plan, int dtype, Address x, Address residual, Address y, Address signs, Address weight,
              Address bias, Address mean, Address var, Address draw, double eps, int kind, float first, float second) {
-  const Tensors tensors{.dtype = static_cast<Dtype>(dtype),
-                        .activation = {static_cast<Kind>(kind), first, second},
-                        .x = pointer<void>(x),
-                        .dy = nullptr,
-                        .residual = pointer<void>(residual),
-                        .y = nullptr,
-                        .out = pointer<void>(y),
-                        .dresidual = nullptr,
-                        .signs = pointer<uint8_t>(signs),
-                        .stream = false};
+  Tensors tensors = of_kind(dtype, kind, first, second);
+  tensors.x = pointer<void>(x);
+  tensors.residual = pointer<void>(residual);
+  tensors.out = pointer<void>(y);
+  tensors.signs = pointer<uint8_t>(signs);
   const Call call{tensors, pointer<int64_t>(draw), pointer<float>(weight), pointer<float>(bias), eps};
   kOperator(chosen.of(dtype), plan, call, pointer<float>(mean), pointer<float>(var));
 }
@@ -85,16 +84,14 @@ template <auto kOperator>
 void backward(const Plan& plan, int dtype, Address dy, Address x, Address residual, Address y, Address signs,
               Address dx, Address dresidual, Address weight, Address bias, Address mean, Address var, Address sum_g_xhat,
               Address sum_g, Address draw, double eps, int kind, float first, float second) {
-  const Tensors tensors{.dtype = static_cast<Dtype>(dtype),
-                        .activation = {static_cast<Kind>(kind), first, second},
-                        .x = pointer<void>(x),
-                        .dy = pointer<void>(dy),
-                        .residual = pointer<void>(residual),
-                        .y = pointer<void>(y),
-                        .out = pointer<void>(dx),
-                        .dresidual = pointer<void>(dresidual),
-                        .signs = pointer<uint8_t>(signs),
-                        .stream = false};
+  Tensors tensors = of_kind(dtype, kind, first, second);
+  tensors.x = pointer<void>(x);
+  tensors.dy = pointer<void>(dy);
+  tensors.residual = pointer<void>(residual);
+  tensors.y = pointer<void>(y);
+  tensors.out = pointer<void>(dx);
+  tensors.dresidual = pointer<void>(dresidual);
+  tensors.signs = pointer<uint8_t>(signs);
   const Call call{tensors, pointer<int64_t>(draw), pointer<float>(weight), pointer<float>(bias), eps};
   kOperator(chosen.of(dtype), plan, call, pointer<float>(mean), pointer<float>(var), pointer<float>(sum_g_xhat),
             pointer<float>(sum_g));
@@ -103,16 +100,11 @@ void backward(const Plan& plan, int dtype, Address dy, Address x, Address residu
 void depthwise_forward_at(const DepthwisePlan& plan, int dtype, Address x, Address residual, Address y, Address z,
                           Address sample, Address weight, Address gamma, Address beta, Address mean, Address var,
                           Address draw, double eps, int kind, float first, float second) {
-  const Tensors tensors{.dtype = static_cast<Dtype>(dtype),
-                        .activation = {static_cast<Kind>(kind), first, second},
-                        .x = pointer<void>(x),
-                        .dy = nullptr,
-                        .residual = pointer<void>(residual),
-                        .y = nullptr,
-                        .out = pointer<void>(y),
-                        .dresidual = pointer<void>(z),
-                        .signs = nullptr,
-                        .stream = false};
+  Tensors tensors = of_kind(dtype, kind, first, second);
+  tensors.x = pointer<void>(x);
+  tensors.residual = pointer<void>(residual);
+  tensors.out = pointer<void>(y);
+  tensors.dresidual = pointer<void>(z);
   const DepthwiseCall call{tensors,
                            pointer<int64_t>(draw),
                            pointer<float>(weight),
@@ -126,16 +118,12 @@ void depthwise_backward_at(const DepthwisePlan& plan, int dtype, Address dy, Add
                            Address dresidual, Address sample, Address weight, Address gamma, Address mean, Address var,
                            Address dweight, Address sum_g_xhat, Address sum_g, Address draw, double eps, int kind,
                            float first, float second) {
-  const Tensors tensors{.dtype = static_cast<Dtype>(dtype),
-                        .activation = {static_cast<Kind>(kind), first, second},
-                        .x = pointer<void>(x),
-                        .dy = pointer<void>(dy),
-                        .residual = nullptr,
-                        .y = pointer<void>(at),
-                        .out = pointer<void>(dx),
-                        .dresidual = pointer<void>(dresidual),
-                        .signs = nullptr,
-                        .stream = false};
+  Tensors tensors = of_kind(dtype, kind, first, second);
+  tensors.x = pointer<void>(x);
+  tensors.dy = pointer<void>(dy);
+  tensors.y = pointer<void>(at);
+  tensors.out = pointer<void>(dx);
+  tensors.dresidual = pointer<void>(dresidual);
   const DepthwiseCall call{
       tensors, pointer<int64_t>(draw), pointer<float>(weight), pointer<float>(gamma), nullptr, eps};
   depthwise_backward(chosen.of(dtype), plan, call, pointer<void>(sample), pointer<float>(mean), pointer<float>(var),
