@@ -53,6 +53,10 @@ class ConvCase:
 CONV_CASES = (
     ConvCase("1x1", (4, 4, 7, 6), kernel=1, padding=0),
     ConvCase("1x1 stride 2", (4, 4, 9, 8), kernel=1, stride=2, padding=0),
+    ConvCase("1x1 channels last", (4, 5, 7, 6), kernel=1, padding=0, layout="channels_last"),
+    ConvCase("1x1 stride 2 odd", (3, 17, 9, 11), out=35, kernel=1, stride=2, padding=0, layout="channels_last"),
+    ConvCase("1x1 far mean", (4, 16, 8, 8), out=24, kernel=1, padding=0, layout="channels_last", offset=100.0),
+    ConvCase("1x1 very far mean", (4, 16, 8, 8), out=24, kernel=1, padding=0, layout="channels_last", offset=1e4),
     ConvCase("1x1 padded", (4, 4, 5, 6), kernel=1, padding=2),
     ConvCase("1x1 padded by more than it is", (4, 4, 1, 1), kernel=1, padding=2),
     ConvCase("3x3", (4, 4, 8, 8)),

@@ -109,7 +109,7 @@ def test_error_is_at_most_twice_torchs(case, activation, residual, dtype):
     if case.offset > 100 and dtype != torch.float32:
         pytest.skip("torch's own result is noise, too")
     found = [[], [], []]
-    for seed in range(4):  # a single sum's error would be luck
+    for seed in range(16 if case.offset and activation is SILU else 4):  # a single sum's error would be luck
         setup = make(case, "grid:1/4", activation, dtype, residual=residual, seed=seed)
         dy = torch.randn(case.output, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         # nor may the rounding decide the sign before a ReLU

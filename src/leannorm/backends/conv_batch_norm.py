@@ -15,7 +15,7 @@ from torch import Tensor
 
 from leannorm.backends.activated_convolution import Convolution, activated
 from leannorm.backends.choice import takes
-from leannorm.backends.cpu import depthwise
+from leannorm.backends.cpu import convolution as native
 from leannorm.backends.sampled_windows import Window, windows
 from leannorm.ops import definition, eager
 from leannorm.ops.contract import accumulation_dtype, library, takes_output
@@ -86,9 +86,9 @@ def _conv_batch_norm(
     x, weight, conv_bias, gamma, beta, residual, stride, padding, dilation, groups, draw, boxes, weights, eps,
     activation, parameters,
 ):  # fmt: skip
-    plan = depthwise.plan(x, weight, stride, padding, dilation, groups, draw, boxes, weights)
+    plan = native.plan(x, weight, stride, padding, dilation, groups, draw, boxes, weights)
     if plan is not None:
-        return depthwise.conv_batch_norm(
+        return native.conv_batch_norm(
             plan, x, weight, gamma, beta, residual, stride, padding, dilation, draw, boxes, eps, activation, parameters
         )
     settings = Convolution(tuple(stride), tuple(padding), tuple(dilation), groups)
@@ -112,9 +112,9 @@ def _conv_batch_norm_backward(
     dy, x, weight, gamma, at, mean, var, sample, stride, padding, dilation, groups, draw, boxes, weights, eps,
     activation, parameters, input_gradient, residual_gradient,
 ):  # fmt: skip
-    plan = depthwise.plan(x, weight, stride, padding, dilation, groups, draw, boxes, weights)
+    plan = native.plan(x, weight, stride, padding, dilation, groups, draw, boxes, weights)
     if plan is not None:
-        return depthwise.conv_batch_norm_backward(
+        return native.conv_batch_norm_backward(
             plan, dy, x, weight, gamma, at, mean, var, sample, draw, eps, activation, parameters, input_gradient,
             residual_gradient,
         )  # fmt: skip

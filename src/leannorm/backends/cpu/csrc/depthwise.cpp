@@ -1,29 +1,19 @@
 #include "depthwise.hpp"
 
 #include <algorithm>
-#include <cmath>
-#include <numeric>
 #include <utility>
 
 #include "layout.hpp"
+#include "scratch.hpp"
 
 namespace leannorm {
 namespace {
 
-constexpr int64_t kLanes = 16;            // of the widest vectors
-constexpr int64_t kCacheBytes = 8 << 20;  // larger results are written around the caches
+constexpr int64_t kLanes = 16;  // of the widest vectors
 
 LinkRange range_of(const std::vector<Link>& links) { return {links.data(), static_cast<int64_t>(links.size())}; }
 
 int64_t padded(int64_t channels) { return divide_up(channels, kLanes) * kLanes; }
-
-// Memory that a thread keeps: what it would get anew from the C library it would get page by page.
-template <class T>
-T* scratch_of(int64_t size) {
-  thread_local std::vector<T> kept;
-  if (static_cast<int64_t>(kept.size()) < size) kept.resize(size);
-  return kept.data();
-}
 
 // Calls body(range) for whole vectors of channels; the last range ends with the last channel.
 template <class Body>
@@ -53,22 +43,6 @@ class Filters {
   const DepthwisePlan& plan_;
   std::vector<float> values_;
 };
-
-struct Scale {
-  const DepthwiseCall& call;
-  const float* var;
-  double rstd(int64_t c) const { return 1 / std::sqrt(var[c] + call.eps); }
-  double operator()(int64_t c) const { return rstd(c) * (call.gamma ? call.gamma[c] : 1.0f); }
-};
-
-SampledRows view_of(const SampledOutputs& sampled, const void* sample) {
-  return {sampled.positions.data(), sampled.rows.data(), sampled.weights.data(),
-          static_cast<int64_t>(sampled.positions.size()), sample};
-}
-
-bool streams(const DepthwisePlan& plan, const Tensors& t, int64_t elements) {
-  return elements * size_of(t.dtype) > kCacheBytes && has_whole_lines(t, plan.channels);
-}
 
 }  // namespace
 
@@ -136,56 +110,18 @@ DepthwisePlan::DepthwisePlan(int64_t samples, int64_t channels, std::array<int64
       columns(sizes[1], kernel[1], stride[1], padding[1], dilation[1]),
       kernel_columns(kernel[1]),
       taps(kernel[0] * kernel[1]),
-      boxes(std::move(boxes)),
-      shares(std::move(shares)) {
-  if (!drawn) fixed.emplace(sampled(nullptr));
-}
+      regions({samples, rows.outputs(), columns.outputs()}, std::move(boxes), std::move(shares), drawn) {}
 
 Depthwise DepthwisePlan::view() const {
   return {rows.as_rows(), columns.as_columns(), channels, padded(channels), taps, kernel_columns};
 }
 
-SampledOutputs DepthwisePlan::sampled(const int64_t* draw) const {
-  const std::vector<int64_t> sizes{samples, rows.outputs(), columns.outputs()};
-  const auto numbers = static_cast<int64_t>(4 * sizes.size());  // of a region
-  SampledOutputs found;
-  std::vector<double> weights;
-  for (size_t r = 0; r < shares.size(); ++r) {
-    const auto box = boxes.begin() + r * numbers;
-    const Places region(sizes, draw ? draw + r * sizes.size() : nullptr, {box, box + numbers}, {1.0},
-                        [](int64_t position) { return position; });
-    found.by_region.insert(found.by_region.end(), region.offsets.begin(), region.offsets.end());
-    weights.insert(weights.end(), region.size(), shares[r] / region.count);
-  }
-  const double largest = *std::max_element(weights.begin(), weights.end());
-  for (const double weight : weights) found.weights_by_region.push_back(static_cast<float>(weight / largest));
-  found.count = std::accumulate(found.weights_by_region.begin(), found.weights_by_region.end(), 0.0);
-
-  std::vector<int64_t> order(weights.size());
-  std::iota(order.begin(), order.end(), 0);
-  if (shares.size() > 1)
-    std::stable_sort(order.begin(), order.end(),
-                     [&](int64_t a, int64_t b) { return found.by_region[a] < found.by_region[b]; });
-  for (const int64_t row : order) {
-    if (!found.positions.empty() && found.positions.back() == found.by_region[row]) {
-      found.weights.back() += found.weights_by_region[row];
-      continue;
-    }
-    found.positions.push_back(found.by_region[row]);
-    found.rows.push_back(row);
-    found.weights.push_back(found.weights_by_region[row]);
-  }
-  return found;
-}
-
-void depthwise_forward(const Kernels& kernels, const DepthwisePlan& plan, const DepthwiseCall& call, void* sample,
+void depthwise_forward(const Kernels& kernels, const DepthwisePlan& plan, const ConvolutionCall& call, void* sample,
                        float* mean, float* var) {
   const Depthwise d = plan.view();
   std::optional<SampledOutputs> drawn;
-  const SampledOutputs& sampled = plan.fixed ? *plan.fixed : drawn.emplace(plan.sampled(call.draw));
+  const SampledOutputs& sampled = plan.regions.at(call.draw, drawn);
   const auto count = static_cast<int64_t>(sampled.by_region.size());
-  std::vector<int64_t> offsets(count);
-  for (int64_t i = 0; i < count; ++i) offsets[i] = i * d.channels;
   Filters filters(plan);
   std::vector<float> shift(d.padded);
   over_channels(plan, count * d.taps * d.channels, [&](Range channels) {
@@ -193,37 +129,33 @@ void depthwise_forward(const Kernels& kernels, const DepthwisePlan& plan, const 
     Tensors t = call.tensors;
     t.out = sample;
     kernels.depthwise_at(t, d, filters.data(), sampled.by_region.data(), count, channels.begin, channels.end);
-    t.x = static_cast<const char*>(sample) + channels.begin * size_of(t.dtype);
-    std::vector<double> sums(channels.size()), squares(channels.size());
-    std::vector<float> scratch(scratch_size(channels.size()));
-    kernels.moments_sampled_rows(t, channels.size(), {offsets.data(), sampled.weights_by_region.data(), count},
-                                 {sums.data(), squares.data()}, scratch.data());
+    const auto moments = sampled_moments(kernels, t.dtype, sample, d.channels, nullptr, sampled, channels);
     const Scale scale{call, var};
     for (int64_t c = channels.begin; c < channels.end; ++c) {
-      const double average = sums[c - channels.begin] / sampled.count;
+      const double average = moments.means[c - channels.begin];
       mean[c] = static_cast<float>(average);
-      var[c] = static_cast<float>(squares[c - channels.begin] / sampled.count);
+      var[c] = static_cast<float>(moments.variances[c - channels.begin]);
       shift[c] = static_cast<float>((call.beta ? call.beta[c] : 0.0f) - scale(c) * average);
     }
     filters.set(call.weight, channels, scale);
   });
   const int64_t rows = plan.output_rows(), elements = rows * d.columns.outputs * d.channels;
   Tensors t = call.tensors;
-  t.stream = streams(plan, t, elements);
+  t.stream = streams(t, rows * d.columns.outputs, d.channels);
   over_shares(rows, threads_for(elements), [&](Range range) {
     float* const scratch =
-        scratch_of<float>(d.rows.span_of_seen * d.input_row() + d.taps * d.padded + d.output_row());
+        scratch_of<float, Of::thread>(d.rows.span_of_seen * d.input_row() + d.taps * d.padded + d.output_row());
     kernels.depthwise_forward(t, d, filters.data(), shift.data(), range.begin, range.end, scratch);
   });
 }
 
-void depthwise_backward(const Kernels& kernels, const DepthwisePlan& plan, const DepthwiseCall& call,
+void depthwise_backward(const Kernels& kernels, const DepthwisePlan& plan, const ConvolutionCall& call,
                         const void* sample, const float* mean, const float* var, float* dweight, float* sum_g_xhat,
                         float* sum_g) {
   const Depthwise d = plan.view();
   std::optional<SampledOutputs> drawn;
-  const SampledOutputs& sampled = plan.fixed ? *plan.fixed : drawn.emplace(plan.sampled(call.draw));
-  const SampledRows places = view_of(sampled, sample);
+  const SampledOutputs& sampled = plan.regions.at(call.draw, drawn);
+  const SampledRows places = sampled.view(sample);
   const int64_t rows = plan.output_rows(), elements = rows * d.columns.outputs * d.channels;
   const int threads = threads_for(elements);
   const Scale scale{call, var};
@@ -234,11 +166,11 @@ void depthwise_backward(const Kernels& kernels, const DepthwisePlan& plan, const
   const Channels channels{values.data(), rstd, nullptr, centre, slope};
 
   const int64_t table = d.taps * d.padded, size = d.padded + 3 * table;
-  double* const totals = scratch_of<double>(threads * size);
+  double* const totals = scratch_of<double, Of::call>(threads * size);
   std::fill_n(totals, threads * size, 0.0);
   parallel(threads, [&](int thread) {
     const Range range = share_of(rows, thread, threads);
-    float* const scratch = scratch_of<float>(size + d.rows.span_of_seen * d.input_row() + d.output_row() +
+    float* const scratch = scratch_of<float, Of::thread>(size + d.rows.span_of_seen * d.input_row() + d.output_row() +
                                              d.columns.outputs * kLanes);
     kernels.depthwise_sums(call.tensors, d, places, channels, range.begin, range.end, &totals[thread * size], scratch);
   });
@@ -274,10 +206,10 @@ void depthwise_backward(const Kernels& kernels, const DepthwisePlan& plan, const
   Tensors t = call.tensors;
   if (!t.out) return;
   t.dresidual = nullptr;
-  t.stream = streams(plan, t, plan.samples * d.rows.size * d.columns.size * d.channels);
+  t.stream = streams(t, plan.samples * d.rows.size * d.columns.size, d.channels);
   over_shares(rows, threads, [&](Range range) {
     float* const scratch =
-        scratch_of<float>(d.rows.span_of_seeing * d.output_row() + d.taps * d.padded + d.input_row());
+        scratch_of<float, Of::thread>(d.rows.span_of_seeing * d.output_row() + d.taps * d.padded + d.input_row());
     // the last sample first: its dy is still in the cache
     for (int64_t end = range.end; end > range.begin;) {
       const int64_t begin = std::max(range.begin, (end - 1) / d.rows.outputs * d.rows.outputs);

@@ -9,9 +9,9 @@
 
 #include <array>
 #include <cstdint>
-#include <optional>
 #include <vector>
 
+#include "convolution.hpp"
 #include "kernels.hpp"
 
 namespace leannorm {
@@ -34,46 +34,25 @@ class Links {
   std::vector<LinkRun> seeing_runs_;
 };
 
-// Positions and weights of sampled outputs: region after region, as the sample has them; and each once, ascending, with
-// its row in the sample. Those of one region have weight 1.
-struct SampledOutputs {
-  std::vector<int64_t> by_region;
-  std::vector<float> weights_by_region;
-  std::vector<int64_t> positions, rows;
-  std::vector<float> weights;
-  double count = 0;  // the sum of all weights
-};
-
 struct DepthwisePlan {
   int64_t samples, channels;
   Links rows, columns;
   int64_t kernel_columns, taps;
-  std::vector<int64_t> boxes;
-  std::vector<double> shares;
-  std::optional<SampledOutputs> fixed;  // where no draw moves them
+  SampledRegions regions;
 
   DepthwisePlan(int64_t samples, int64_t channels, std::array<int64_t, 2> sizes, std::array<int64_t, 2> kernel,
                 std::array<int64_t, 2> stride, std::array<int64_t, 2> padding, std::array<int64_t, 2> dilation,
                 std::vector<int64_t> boxes, std::vector<double> shares, bool drawn);
   int64_t output_rows() const { return samples * rows.outputs(); }
   Depthwise view() const;
-  SampledOutputs sampled(const int64_t* draw) const;
-};
-
-struct DepthwiseCall {
-  Tensors tensors;            // backward takes y or z as y
-  const int64_t* draw;        // may be null
-  const float* weight;        // (C, taps)
-  const float *gamma, *beta;  // may be null
-  double eps;
 };
 
 // Writes tensors.out, tensors.dresidual as z where it is not null, and the rest.
-void depthwise_forward(const Kernels&, const DepthwisePlan&, const DepthwiseCall&, void* sample, float* mean,
+void depthwise_forward(const Kernels&, const DepthwisePlan&, const ConvolutionCall&, void* sample, float* mean,
                        float* var);
 
 // Writes tensors.out and tensors.dresidual where they are not null, and the rest; dweight as (C, taps).
-void depthwise_backward(const Kernels&, const DepthwisePlan&, const DepthwiseCall&, const void* sample,
+void depthwise_backward(const Kernels&, const DepthwisePlan&, const ConvolutionCall&, const void* sample,
                         const float* mean, const float* var, float* dweight, float* sum_g_xhat, float* sum_g);
 
 }  // namespace leannorm

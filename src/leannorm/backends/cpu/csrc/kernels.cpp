@@ -4,6 +4,7 @@
 #include "activations.hpp"
 #include "depthwise_kernels.hpp"
 #include "moments.hpp"
+#include "pointwise_kernels.hpp"
 #include "simd.hpp"
 #include "stage.hpp"
 
@@ -350,6 +351,8 @@ const Kernels kernels = {
     moments_rows,   moments_sampled_rows, moments_planes, moments_sampled_planes, moments_of_runs, forward_rows,
     forward_planes, backward_rows,        backward_planes, correct_rows,          correct_planes,  correct_runs,
     depthwise_at,   depthwise_forward,    depthwise_sums, depthwise_backward,
+    pointwise_pack, pointwise_forward,    pointwise_backward, pointwise_correct,  pointwise_products,
+    pointwise_filters,
 };
 
 }  // namespace leannorm::LEANNORM_ISA

@@ -138,6 +138,36 @@ struct SampledRows {
   const void* sample;  // the convolution there
 };
 
+// A convolution with kernels of one element, of float32 in channels-last memory, as a product of matrices: each row of
+// `inputs` numbers gives one of `outputs`.
+struct Pointwise {
+  int64_t inputs, outputs;
+  const int64_t* places;  // the row of the input for each row of the output; null where it is the same
+};
+
+// Rows lie in buffers by blocks, which stay in the caches, and apart by whole vectors and one line more: rows that are
+// a page apart would be in each other's way there. The filters' gradient lies in panels, filter after filter.
+constexpr int64_t kForwardBlock = 1 << 14, kBackwardBlock = 1 << 17;  // floats
+
+inline int64_t pointwise_rows(int64_t width, int64_t block) {
+  const int64_t rows = block / width & ~int64_t{7};
+  return rows < 8 ? 8 : rows > 128 ? 128 : rows;
+}
+inline int64_t pointwise_vectors(int64_t width) { return (width + 15) & ~int64_t{15}; }
+inline int64_t pointwise_step(int64_t width) { return pointwise_vectors(width) + 16; }
+inline int64_t pointwise_padded(int64_t outputs) { return (outputs + 7) & ~int64_t{7}; }
+inline int64_t pointwise_part(const Pointwise& p) { return pointwise_vectors(p.inputs) * pointwise_padded(p.outputs); }
+inline int64_t pointwise_packed(const Pointwise& p) {
+  const int64_t forward = pointwise_vectors(p.outputs) * p.inputs, backward = pointwise_vectors(p.inputs) * p.outputs;
+  return forward > backward ? forward : backward;
+}
+inline int64_t pointwise_scratch(const Pointwise& p) {
+  const int64_t forward = pointwise_rows(p.inputs, kForwardBlock) * pointwise_step(p.inputs);
+  const int64_t rows = pointwise_rows(p.inputs + p.outputs, kBackwardBlock), step = pointwise_step(p.outputs);
+  const int64_t backward = rows * (step + pointwise_vectors(p.inputs)) + step;
+  return forward > backward ? forward : backward;
+}
+
 // begin and end are channels. Moments are zero before, sums of backward are added to.
 struct Kernels {
   void (*moments_rows)(const Tensors&, int64_t offset, int64_t rows, int64_t width, Sums, float* scratch);
@@ -164,6 +194,20 @@ struct Kernels {
                          int64_t last, double* totals, float* scratch);
   void (*depthwise_backward)(const Tensors&, const Depthwise&, const float* filters, const SampledRows&,
                              const Channels&, int64_t first, int64_t last, float* scratch);
+  // Of pointwise convolutions. first and last are rows, or sampled ones, or outputs; scratch is of pointwise_scratch.
+  void (*pointwise_pack)(const Pointwise&, const float* weight, const float* factors, bool forward, int thread,
+                         int threads, float* packed);
+  void (*pointwise_forward)(const Tensors&, const Pointwise&, const float* filters, const Channels&, int64_t first,
+                            int64_t last, float* scratch);
+  void (*pointwise_backward)(const Tensors&, const Pointwise&, const float* filters, const Channels& inputs,
+                             int64_t first, int64_t last, double* sum_g, float* dweight, float* scratch);
+  void (*pointwise_correct)(const Tensors&, const Pointwise&, const float* filters, const Channels& inputs,
+                            const Channels&, const SampledRows&, int64_t first, int64_t last, float* dweight,
+                            float* scratch);
+  void (*pointwise_products)(const Pointwise&, const float* weight, const float* parts, int64_t count, int64_t first,
+                             int64_t last, double* products);
+  void (*pointwise_filters)(const Pointwise&, const float* parts, int64_t count, const float* factors, int64_t first,
+                            int64_t last, float* dweight);
 };
 
 namespace avx512_bf16 {

@@ -13,6 +13,7 @@
 #include "driver.hpp"
 #include "kept_tensor.hpp"
 #include "kernels.hpp"
+#include "pointwise.hpp"
 #include "pool.hpp"
 #include "running.hpp"
 
@@ -97,37 +98,39 @@ void backward(const Plan& plan, int dtype, Address dy, Address x, Address residu
             pointer<float>(sum_g));
 }
 
-void depthwise_forward_at(const DepthwisePlan& plan, int dtype, Address x, Address residual, Address y, Address z,
-                          Address sample, Address weight, Address gamma, Address beta, Address mean, Address var,
-                          Address draw, double eps, int kind, float first, float second) {
+template <class Plan, auto kOperator>
+void convolution_forward(const Plan& plan, int dtype, Address x, Address residual, Address y, Address z,
+                         Address sample, Address weight, Address gamma, Address beta, Address mean, Address var,
+                         Address draw, double eps, int kind, float first, float second) {
   Tensors tensors = of_kind(dtype, kind, first, second);
   tensors.x = pointer<void>(x);
   tensors.residual = pointer<void>(residual);
   tensors.out = pointer<void>(y);
   tensors.dresidual = pointer<void>(z);
-  const DepthwiseCall call{tensors,
-                           pointer<int64_t>(draw),
-                           pointer<float>(weight),
-                           pointer<float>(gamma),
-                           pointer<float>(beta),
-                           eps};
-  depthwise_forward(chosen.of(dtype), plan, call, pointer<void>(sample), pointer<float>(mean), pointer<float>(var));
+  const ConvolutionCall call{tensors,
+                             pointer<int64_t>(draw),
+                             pointer<float>(weight),
+                             pointer<float>(gamma),
+                             pointer<float>(beta),
+                             eps};
+  kOperator(chosen.of(dtype), plan, call, pointer<void>(sample), pointer<float>(mean), pointer<float>(var));
 }
 
-void depthwise_backward_at(const DepthwisePlan& plan, int dtype, Address dy, Address x, Address at, Address dx,
-                           Address dresidual, Address sample, Address weight, Address gamma, Address mean, Address var,
-                           Address dweight, Address sum_g_xhat, Address sum_g, Address draw, double eps, int kind,
-                           float first, float second) {
+template <class Plan, auto kOperator>
+void convolution_backward(const Plan& plan, int dtype, Address dy, Address x, Address at, Address dx,
+                          Address dresidual, Address sample, Address weight, Address gamma, Address mean, Address var,
+                          Address dweight, Address sum_g_xhat, Address sum_g, Address draw, double eps, int kind,
+                          float first, float second) {
   Tensors tensors = of_kind(dtype, kind, first, second);
   tensors.x = pointer<void>(x);
   tensors.dy = pointer<void>(dy);
   tensors.y = pointer<void>(at);
   tensors.out = pointer<void>(dx);
   tensors.dresidual = pointer<void>(dresidual);
-  const DepthwiseCall call{
+  const ConvolutionCall call{
       tensors, pointer<int64_t>(draw), pointer<float>(weight), pointer<float>(gamma), nullptr, eps};
-  depthwise_backward(chosen.of(dtype), plan, call, pointer<void>(sample), pointer<float>(mean), pointer<float>(var),
-                     pointer<float>(dweight), pointer<float>(sum_g_xhat), pointer<float>(sum_g));
+  kOperator(chosen.of(dtype), plan, call, pointer<void>(sample), pointer<float>(mean), pointer<float>(var),
+            pointer<float>(dweight), pointer<float>(sum_g_xhat), pointer<float>(sum_g));
 }
 
 }  // namespace
@@ -151,8 +154,14 @@ NB_MODULE(_kernels, m) {
       .def(nb::init<int64_t, int64_t, Pair, Pair, Pair, Pair, Pair, std::vector<int64_t>, std::vector<double>, bool>(),
            "samples"_a, "channels"_a, "sizes"_a, "kernel"_a, "stride"_a, "padding"_a, "dilation"_a, "boxes"_a,
            "shares"_a, "drawn"_a)
-      .def("forward", &leannorm::depthwise_forward_at, unlocked)
-      .def("backward", &leannorm::depthwise_backward_at, unlocked);
+      .def("forward", &leannorm::convolution_forward<DepthwisePlan, leannorm::depthwise_forward>, unlocked)
+      .def("backward", &leannorm::convolution_backward<DepthwisePlan, leannorm::depthwise_backward>, unlocked);
+  using leannorm::PointwisePlan;
+  nb::class_<PointwisePlan>(m, "PointwisePlan")
+      .def(nb::init<int64_t, int64_t, int64_t, Pair, Pair, std::vector<int64_t>, std::vector<double>, bool>(),
+           "samples"_a, "inputs"_a, "outputs"_a, "sizes"_a, "stride"_a, "boxes"_a, "shares"_a, "drawn"_a)
+      .def("forward", &leannorm::convolution_forward<PointwisePlan, leannorm::pointwise_forward>, unlocked)
+      .def("backward", &leannorm::convolution_backward<PointwisePlan, leannorm::pointwise_backward>, unlocked);
   m.def(
       "kept_tensor",
       [](int dtype, std::vector<int64_t> shape, std::vector<int64_t> strides) {

@@ -28,7 +28,15 @@ using Int = int32_t __attribute__((vector_size(4 * kLanes)));
 using Bits = uint32_t __attribute__((vector_size(4 * kLanes)));
 using Half = uint16_t __attribute__((vector_size(2 * kLanes)));
 
-inline Vec broadcast(float value) { return Vec{} + value; }
+inline Vec broadcast(float value) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_set1_ps(value);  // 0 + value is an addition more, as it makes 0 of -0
+#elif defined(__AVX__)
+  return (Vec)_mm256_set1_ps(value);
+#else
+  return Vec{value, value, value, value};
+#endif
+}
 inline Bits bits_of(Vec v) { return (Bits)v; }
 inline Vec float_of(Bits b) { return (Vec)b; }
 

@@ -1,7 +1,8 @@
-"""The depthwise convolution folded with its batch norm, by native kernels; see `leannorm.ops.conv_batch_norm`.
+"""Convolutions folded with their batch norm, by native kernels; see `leannorm.ops.conv_batch_norm`.
 
-Such a convolution is bound by memory, as batch norm is, so that the two as one kernel take little more than either:
-forward reads x and writes y; backward reads x, dy and y for the sums, then dy and y for dx.
+Depthwise ones are bound by memory, as batch norm is, so that the two as one kernel take little more than either:
+forward reads x and writes y; backward reads x, dy and y for the sums, then dy and y for dx. Pointwise ones (1x1) are
+products of matrices, whose kernels read x and write y, and in backward read dy, y and x and write dx, once each.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from leannorm.ops.contract import takes_output
 from leannorm.ops.conv_batch_norm import memory_format, output_shape, sampled_elements
 
 _MOST_TAPS = 128
+_MOST_WEIGHTS = 1 << 22  # of which each thread keeps as many sums
 
 
 def plan(
@@ -35,10 +37,7 @@ def plan(
 ) -> Any:
     """Give what the kernels know of a call, or None where they do not take it."""
     if (
-        groups == 1
-        or x.ndim != 4
-        or not groups == x.shape[1] == weight.shape[0]
-        or weight.shape[2:].numel() > _MOST_TAPS
+        x.ndim != 4
         or type(x) not in PLAIN
         or type(weight) not in PLAIN
         or not (x.is_cpu and weight.is_cpu)
@@ -50,14 +49,24 @@ def plan(
         or memory_format(x, weight) != torch.channels_last
     ):
         return None
-    places = tuple(stride), tuple(padding), tuple(dilation)
-    return _plan(x.shape, weight.shape[2:], *places, tuple(boxes), tuple(weights), draw is not None)
+    kernel, places, rest = weight.shape[2:], tuple(stride), (tuple(boxes), tuple(weights), draw is not None)
+    if 1 < groups == x.shape[1] == weight.shape[0] and kernel.numel() <= _MOST_TAPS:
+        return _depthwise(x.shape, kernel, places, tuple(padding), tuple(dilation), *rest)
+    if groups == kernel.numel() == 1 and not any(padding) and x.dtype is torch.float32:
+        return _pointwise(x.shape, len(weight), places, *rest) if weight.numel() <= _MOST_WEIGHTS else None
+    return None
 
 
 @lru_cache(maxsize=1024)
-def _plan(shape, kernel, stride, padding, dilation, boxes, weights, drawn):
+def _depthwise(shape, kernel, stride, padding, dilation, boxes, weights, drawn):
     sizes = list(shape[2:]), list(kernel), list(stride), list(padding), list(dilation)
     return extension.kernels.DepthwisePlan(shape[0], shape[1], *sizes, list(boxes), list(weights), drawn)
+
+
+@lru_cache(maxsize=1024)
+def _pointwise(shape, outputs, stride, boxes, weights, drawn):
+    sizes = list(shape[2:]), list(stride)
+    return extension.kernels.PointwisePlan(shape[0], shape[1], outputs, *sizes, list(boxes), list(weights), drawn)
 
 
 def conv_batch_norm(

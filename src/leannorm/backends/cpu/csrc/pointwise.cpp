@@ -1,0 +1,174 @@
+#include "pointwise.hpp"
+
+#include <algorithm>
+#include <optional>
+#include <utility>
+
+#include "layout.hpp"
+#include "scratch.hpp"
+
+namespace leannorm {
+namespace {
+
+constexpr int64_t kLanes = 16;  // of the widest vectors
+
+// Per-channel values, behind which kernels may read a vector.
+struct Values {
+  int64_t padded;
+  std::vector<float> values;
+  float *mean, *scale, *bias, *centre, *slope;
+
+  explicit Values(int64_t channels) : padded(channels + kLanes), values(5 * padded) {
+    float* p = values.data();
+    for (float** row : {&mean, &scale, &bias, &centre, &slope}) *row = p, p += padded;
+  }
+  Channels view() const { return {mean, scale, bias, centre, slope}; }
+};
+
+// Calls body(range) for shares of n channels.
+template <class Body>
+void over_channels(int64_t n, int64_t work, Body body) {
+  over_shares(divide_up(n, kLanes), threads_for(work), [&](Range vectors) {
+    body(Range{vectors.begin * kLanes, std::min(vectors.end * kLanes, n)});
+  });
+}
+
+void pack(const Kernels& kernels, const Pointwise& p, const float* weight, const float* factors, bool forward,
+          float* packed) {
+  const int threads = threads_for(p.inputs * p.outputs);
+  parallel(threads, [&](int thread) { kernels.pointwise_pack(p, weight, factors, forward, thread, threads, packed); });
+}
+
+// The rows of the input that sampled outputs see.
+std::vector<int64_t> inputs_of(const PointwisePlan& plan, std::vector<int64_t> positions) {
+  if (!plan.places.empty())
+    for (int64_t& position : positions) position = plan.places[position];
+  return positions;
+}
+
+}  // namespace
+
+PointwisePlan::PointwisePlan(int64_t samples, int64_t inputs, int64_t outputs, std::array<int64_t, 2> sizes,
+                             std::array<int64_t, 2> stride, std::vector<int64_t> boxes, std::vector<double> shares,
+                             bool drawn)
+    : rows(samples * divide_up(sizes[0], stride[0]) * divide_up(sizes[1], stride[1])),
+      inputs(inputs),
+      outputs(outputs),
+      input_rows(samples * sizes[0] * sizes[1]),
+      regions({samples, divide_up(sizes[0], stride[0]), divide_up(sizes[1], stride[1])}, std::move(boxes),
+              std::move(shares), drawn) {
+  if (rows == input_rows) return;
+  places.reserve(rows);
+  for (int64_t line = 0; line < samples * sizes[0]; ++line)
+    for (int64_t column = 0; line % sizes[0] % stride[0] == 0 && column < sizes[1]; column += stride[1])
+      places.push_back(line * sizes[1] + column);
+}
+
+Pointwise PointwisePlan::view() const { return {inputs, outputs, places.empty() ? nullptr : places.data()}; }
+
+void pointwise_forward(const Kernels& kernels, const PointwisePlan& plan, const ConvolutionCall& call, void* sample,
+                       float* mean, float* var) {
+  const Pointwise p = plan.view();
+  std::optional<SampledOutputs> drawn;
+  const SampledOutputs& sampled = plan.regions.at(call.draw, drawn);
+  const std::vector<int64_t> inputs = inputs_of(plan, sampled.by_region);
+  const auto count = static_cast<int64_t>(inputs.size());
+  float* const filters = scratch_of<float, Of::call>(pointwise_packed(p));
+  pack(kernels, p, call.weight, nullptr, true, filters);
+  const auto compute = [&](const Tensors& t, const Pointwise& of, const Channels& channels, int64_t rows) {
+    over_shares(rows, threads_for(rows * p.inputs * p.outputs), [&](Range range) {
+      float* const scratch = scratch_of<float, Of::thread>(pointwise_scratch(p));
+      kernels.pointwise_forward(t, of, filters, channels, range.begin, range.end, scratch);
+    });
+  };
+
+  Values values(p.outputs);
+  std::fill_n(values.scale, p.outputs, 1.0f);
+  Tensors plain{.dtype = call.tensors.dtype, .activation = {Kind::identity, 0, 0}};
+  plain.x = call.tensors.x;
+  plain.out = sample;
+  compute(plain, {p.inputs, p.outputs, inputs.data()}, values.view(), count);
+  const Scale scale{call, var};
+  over_channels(p.outputs, count * p.outputs, [&](Range channels) {
+    const auto moments = sampled_moments(kernels, plain.dtype, sample, p.outputs, nullptr, sampled, channels);
+    for (int64_t c = channels.begin; c < channels.end; ++c) {
+      const double average = moments.means[c - channels.begin];
+      values.mean[c] = mean[c] = static_cast<float>(average);
+      var[c] = static_cast<float>(moments.variances[c - channels.begin]);
+      values.scale[c] = static_cast<float>(scale(c));
+      values.bias[c] = static_cast<float>((call.beta ? call.beta[c] : 0.0f) - scale(c) * (average - mean[c]));
+    }
+  });
+  Tensors t = call.tensors;
+  t.stream = streams(t, plan.rows, p.outputs);
+  compute(t, p, values.view(), plan.rows);
+}
+
+void pointwise_backward(const Kernels& kernels, const PointwisePlan& plan, const ConvolutionCall& call,
+                        const void* sample, const float* mean, const float* var, float* dweight, float* sum_g_xhat,
+                        float* sum_g) {
+  const Pointwise p = plan.view();
+  std::optional<SampledOutputs> drawn;
+  const SampledOutputs& sampled = plan.regions.at(call.draw, drawn);
+  const std::vector<int64_t> rows = inputs_of(plan, sampled.by_region);
+  const SampledRows places = sampled.view(sample);
+  const int threads = threads_for(plan.rows * p.inputs * p.outputs);
+  const Scale scale{call, var};
+  Tensors t = call.tensors;
+  Values values(p.outputs), inputs(p.inputs), factors(p.outputs);
+  for (int64_t c = 0; c < p.outputs; ++c) {
+    values.mean[c] = mean[c];
+    values.scale[c] = static_cast<float>(scale.rstd(c));
+    factors.scale[c] = static_cast<float>(scale(c));
+  }
+  over_channels(p.inputs, places.count * p.inputs, [&](Range channels) {
+    const auto moments =
+        sampled_moments(kernels, t.dtype, call.tensors.x, p.inputs, rows.data(), sampled, channels);
+    std::copy(moments.means.begin(), moments.means.end(), inputs.mean + channels.begin);
+  });
+
+  float* const filters = scratch_of<float, Of::call>(pointwise_packed(p) + threads * pointwise_part(p));
+  float* const parts = filters + pointwise_packed(p);
+  if (t.out) {
+    pack(kernels, p, call.weight, factors.scale, false, filters);
+    t.stream = streams(t, plan.input_rows, p.inputs);
+    if (!plan.places.empty())  // inputs that no output sees
+      over_shares(plan.input_rows * p.inputs, threads, [&](Range range) {
+        std::fill(static_cast<float*>(t.out) + range.begin, static_cast<float*>(t.out) + range.end, 0.0f);
+      });
+  }
+  std::vector<double> sums(threads * p.outputs), products(p.outputs);
+  const auto each_part = [&](int64_t n, auto body) {
+    parallel(threads, [&](int thread) {
+      body(share_of(n, thread, threads), thread, &parts[thread * pointwise_part(p)],
+           scratch_of<float, Of::thread>(pointwise_scratch(p)));
+    });
+  };
+  each_part(plan.rows, [&](Range range, int thread, float* part, float* scratch) {
+    std::fill_n(part, pointwise_part(p), 0.0f);
+    kernels.pointwise_backward(t, p, filters, inputs.view(), range.begin, range.end, &sums[thread * p.outputs], part,
+                               scratch);
+  });
+  const double share = 1 / sampled.count;
+  over_channels(p.outputs, threads * p.inputs * p.outputs, [&](Range range) {
+    kernels.pointwise_products(p, call.weight, parts, threads, range.begin, range.end, products.data());
+    for (int64_t c = range.begin; c < range.end; ++c) {
+      double dbeta = 0;
+      for (int thread = 0; thread < threads; ++thread) dbeta += sums[thread * p.outputs + c];
+      const double dgamma = products[c] * scale.rstd(c);
+      sum_g[c] = static_cast<float>(dbeta);
+      sum_g_xhat[c] = static_cast<float>(dgamma);
+      values.centre[c] = static_cast<float>(share * dbeta);
+      values.slope[c] = static_cast<float>(share * dgamma);
+    }
+  });
+  each_part(places.count, [&](Range range, int, float* part, float* scratch) {
+    kernels.pointwise_correct(t, p, filters, inputs.view(), values.view(), places, range.begin, range.end, part,
+                              scratch);
+  });
+  over_channels(p.outputs, threads * p.inputs * p.outputs, [&](Range range) {
+    kernels.pointwise_filters(p, parts, threads, factors.scale, range.begin, range.end, dweight);
+  });
+}
+
+}  // namespace leannorm
