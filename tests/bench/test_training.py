@@ -34,6 +34,19 @@ def test_sides_that_fold_convolutions_are_left_out_where_they_are_not_asked_for(
     assert {check.side for check in case.checks} == set(SIDES[:-1])
 
 
+def test_sides_in_processes_of_their_own(monkeypatch):
+    plan = dataclasses.replace(PLAN, statistics=("full",), repeats=1, apart=True)
+    monkeypatch.setattr(training, "side", lambda *_: pytest.fail("made in this process"))
+    kept, timings = training.measure("resnet18", plan)
+    assert [timing.side for timing in timings] == ["torch", "full", "full + fuse", "ceiling"]
+    assert [saved.side for saved in kept] == ["torch", "full", "full + fuse"]
+
+
+def test_processes_are_for_the_cpu():
+    with pytest.raises(ValueError, match="leave apart out"):
+        TrainingPlan(device="cuda", apart=True)
+
+
 def test_a_wrong_side_stops_everything(monkeypatch):
     right = training.fuse
 

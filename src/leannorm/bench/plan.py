@@ -96,7 +96,8 @@ class TrainingPlan(Plan):
     ``dtype`` bf16 is autocast: parameters and optimizer stay in fp32. The gate, in float64 too, takes at most
     ``gate_batch`` images. ``folded`` adds the sides that fold convolutions into sampled layers: all that can be, and
     those where `leannorm.tune` finds it faster. Each sample follows ``settle`` untimed steps of the same model, as a
-    training's steps follow each other: after another model's step the C library has other memory at hand.
+    training's steps follow each other. ``apart`` gives each side a process of its own, as a training has; on a GPU,
+    where the device is what is timed, all are in one.
     """
 
     ON_CUDA: ClassVar = {
@@ -106,12 +107,14 @@ class TrainingPlan(Plan):
         "dtype": "bf16",
         "gate_batch": 16,
         "folded": False,
+        "apart": False,
     }
 
     batch: int = 8
     gate_batch: int = 2**31
     folded: bool = True
     settle: int = 1
+    apart: bool = True
     dtype: str = "fp32"
     models: tuple[str, ...] = ("resnet50", "densenet121", "efficientnet_b0", "mobilenet_v3_large", "regnet_y_400mf")
 
@@ -121,6 +124,8 @@ class TrainingPlan(Plan):
             raise ValueError(f"unknown dtype {self.dtype!r}; expected one of {', '.join(DTYPES)}")
         if self.settle < 0:
             raise ValueError(f"settle must be at least 0, got {self.settle}")
+        if self.apart and torch.device(self.device).type != "cpu":
+            raise ValueError(f"steps of one process are timed on {self.device!r}; leave apart out")
 
 
 P = TypeVar("P", bound=Plan)
@@ -139,7 +144,8 @@ def planned(kind: type[P], device: str, **options: Any) -> P:
 
 def quickly(plan: P) -> P:
     """Shrink a plan to seconds, to see that it works."""
-    return dataclasses.replace(plan, quick=True, image_size=64, batch=4, repeats=3)
+    options: dict[str, Any] = {"apart": False} if isinstance(plan, TrainingPlan) else {}
+    return dataclasses.replace(plan, quick=True, image_size=64, batch=4, repeats=3, **options)
 
 
 def listed(text: str | None) -> tuple[str, ...] | None:

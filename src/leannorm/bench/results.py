@@ -96,7 +96,10 @@ class TrainingCase:
 
 @dataclass(frozen=True)
 class TrainingBenchmark:
-    """Everything `leannorm bench training` measured; each sample followed ``settle`` untimed steps of the same side."""
+    """Everything `leannorm bench training` measured.
+
+    Each sample followed ``settle`` untimed steps of the same side; ``apart`` says that each side had its own process.
+    """
 
     kind: str
     conditions: Conditions
@@ -106,6 +109,7 @@ class TrainingBenchmark:
     dtype: str
     cases: tuple[TrainingCase, ...]
     settle: int = 0
+    apart: bool = False
 
 
 KINDS = {"layers": LayerBenchmark, "training": TrainingBenchmark}

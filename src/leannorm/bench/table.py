@@ -85,7 +85,8 @@ def _heading(benchmark: LayerBenchmark | TrainingBenchmark) -> list[str]:
             "Training: forward, loss, backward and SGD; times faster than torch eager, at "
             f"{size}, {benchmark.layout}, {benchmark.dtype}. Ceiling: batch norm and activations gone. Saved: bytes "
             "kept for backward, as a share of torch's. "
-            f"Each sample follows {benchmark.settle} untimed steps of its side."
+            f"Each sample follows {benchmark.settle} untimed steps of its side"
+            f"{', in a process of its own' if benchmark.apart else ''}."
         )
     where = (
         f"{conditions.device} on {conditions.environment.machine}, {conditions.threads} threads, torch "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import tempfile
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from leannorm.activation import activation_of
 from leannorm.bench import gate, timing
+from leannorm.bench.apart import apart
 from leannorm.bench.plan import DTYPES
 from leannorm.bench.progress import track
 from leannorm.bench.reference import by_definition
@@ -35,6 +38,7 @@ CLASSES = 1000
 FUSED = " + fuse"
 FOLDED = " + fuse convolution"
 TUNED = " + tune"
+CEILING = "ceiling"
 TRIALS = 3
 
 
@@ -59,6 +63,7 @@ def run(plan: TrainingPlan, conditions: Conditions, *, progress: bool = False) -
         layout="channels_last",
         dtype=plan.dtype,
         settle=plan.settle,
+        apart=plan.apart,
         cases=tuple(cases),
     )
     yield benchmark
@@ -91,44 +96,63 @@ def ceiling(model: nn.Module, images: Tensor) -> nn.Module:
     return model
 
 
-def sides(model: nn.Module, plan: TrainingPlan) -> dict[str, nn.Module]:
-    """Make copies of a model: torch's own, and for each source converted, fused, and with convolutions folded."""
-    models = {"torch": copy.deepcopy(model)}
-    if plan.compiled:
-        torch.compiler.reset()
-        models["torch.compile"] = copy.deepcopy(model)
-        models["torch.compile"].compile(dynamic=False)
+def sides(plan: TrainingPlan) -> list[str]:
+    """Name what is timed beside the ceiling: torch's own, and for each source converted, fused and folded."""
+    names = ["torch"] + ["torch.compile"] * plan.compiled
     for spelling in plan.statistics:
-        models[spelling] = _converted(model, spelling)
-        models[spelling + FUSED] = fuse(_converted(model, spelling))[0]
-        if plan.folded and _is_sampled(spelling):
-            models[spelling + FOLDED] = fuse(_converted(model, spelling), convolution=True)[0]
-    return models
+        names += [spelling, spelling + FUSED] + [spelling + FOLDED] * (plan.folded and _is_sampled(spelling))
+    if plan.folded:
+        names += [spelling + TUNED for spelling in plan.statistics if _is_sampled(spelling)]
+    return names
+
+
+def side(name: str, model: nn.Module, images: Tensor, plan: TrainingPlan) -> nn.Module:
+    """Make a side of a copy of the model."""
+    model = copy.deepcopy(model)
+    if name == "torch":
+        return model
+    if name == "torch.compile":
+        torch.compiler.reset()
+        model.compile(dynamic=False)
+        return model
+    if name == CEILING:
+        return ceiling(model, images)
+    if name.endswith(FOLDED):
+        return fuse(_converted(model, name.removesuffix(FOLDED)), convolution=True)[0]
+    if name.endswith(FUSED):
+        return fuse(_converted(model, name.removesuffix(FUSED)))[0]
+    if name.endswith(TUNED):
+        model = _converted(model, name.removesuffix(TUNED))
+        # a file of its own: what an earlier run measured does not count; what is fastest depends on the dtype
+        with tempfile.TemporaryDirectory() as folder, autocast(plan):
+            return tune(model, images, plan=Path(folder) / "plan.json")[0]
+    return _converted(model, name)
 
 
 def measure(name: str, plan: TrainingPlan) -> tuple[tuple[SavedBytes, ...], tuple[Timing, ...]]:
     """Count what the sides of a model save for backward, then time their steps against each other."""
-    model, images, labels = _setting(name, plan)
-    models = sides(model, plan)
-    with tempfile.TemporaryDirectory() as folder:  # what an earlier run measured does not count
-        for spelling in filter(_is_sampled, plan.statistics if plan.folded else ()):
-            with autocast(plan):  # what is fastest depends on the dtype
-                tuned, _ = tune(_converted(model, spelling), images, plan=Path(folder) / "plan.json")
-            models[spelling + TUNED] = tuned
-    with autocast(plan):
-        kept = tuple(
-            SavedBytes(side, saved_bytes(each, images)) for side, each in models.items() if side != "torch.compile"
+    makers = {each: partial(prepare, name, each, plan) for each in [*sides(plan), CEILING]}
+    with apart(makers) if plan.apart else nullcontext({each: make() for each, make in makers.items()}) as made:
+        timed = timing.interleave(
+            {each: step for each, (_, step) in made.items()},
+            repeats=plan.repeats,
+            seed=plan.seed,
+            device=plan.device,
+            shortest_sample=0.0 if plan.quick else timing.SHORTEST_SAMPLE,
+            untimed=plan.settle,
         )
-    models["ceiling"] = ceiling(model, images)
-    timed = timing.interleave(
-        {side: _step(each, images, labels, plan) for side, each in models.items()},
-        repeats=plan.repeats,
-        seed=plan.seed,
-        device=plan.device,
-        shortest_sample=0.0 if plan.quick else timing.SHORTEST_SAMPLE,
-        untimed=plan.settle,
-    )
-    return kept, timed
+        return tuple(SavedBytes(each, kept) for each, (kept, _) in made.items() if kept is not None), timed
+
+
+def prepare(name: str, which: str, plan: TrainingPlan) -> tuple[int | None, Callable[[], object]]:
+    """Give the bytes that a side of a model saves for backward, where they are of interest, and its step."""
+    model, images, labels = _setting(name, plan)
+    model = side(which, model, images, plan)
+    kept = None
+    if which not in ("torch.compile", CEILING):
+        with autocast(plan):
+            kept = saved_bytes(model, images)
+    return kept, _step(model, images, labels, plan)
 
 
 def autocast(plan: TrainingPlan) -> torch.autocast:
@@ -163,21 +187,23 @@ def check(name: str, plan: TrainingPlan) -> tuple[Check, ...]:
     plan = dataclasses.replace(plan, batch=min(plan.batch, plan.gate_batch), compiled=False)
     model, images, labels = _setting(name, plan)
     trials = [images] + [_moved(images, seed, DTYPES[plan.dtype]) for seed in range(1, TRIALS)]
-    models = sides(model, plan)
-    plain = models.pop("torch")
     found = []
     references: dict[str, tuple[list[dict[str, Tensor]], dict[str, Tensor]]] = {}
-    for side, each in models.items():
-        spelling = side.removesuffix(FOLDED).removesuffix(FUSED)
+    for each in sides(plan)[1:]:
+        if each.endswith(TUNED):
+            continue  # a mixture of the sides before
+        spelling = each.removesuffix(FOLDED).removesuffix(FUSED)
         if spelling not in references:
-            reference = plain if spelling == "full" else by_definition(_converted(model, spelling))
+            plain = side("torch" if spelling == "full" else spelling, model, images, plan)
+            reference = plain if spelling == "full" else by_definition(plain)
             with autocast(plan):
                 torchs = [_gradients(reference, trial, labels, plan.seed) for trial in trials]
             references[spelling] = torchs, _gradients(reference.double(), images.double(), labels, plan.seed)
         torchs, exact = references[spelling]
         with autocast(plan):
-            ours = [_gradients(each, trial, labels, plan.seed) for trial in trials]
-        found += gate.check(side, ours, exact, torchs, exact, DTYPES[plan.dtype])
+            checked = side(each, model, images, plan)
+            ours = [_gradients(checked, trial, labels, plan.seed) for trial in trials]
+        found += gate.check(each, ours, exact, torchs, exact, DTYPES[plan.dtype])
     return tuple(found)
 
 
@@ -201,7 +227,7 @@ def _is_sampled(spelling: str) -> bool:
 
 
 def _converted(model: nn.Module, spelling: str) -> nn.Module:
-    return convert(copy.deepcopy(model), parse_statistics(spelling))[0]
+    return convert(model, parse_statistics(spelling))[0]
 
 
 def _step(model: nn.Module, images: Tensor, labels: Tensor, plan: TrainingPlan) -> Callable[[], object]:

@@ -94,6 +94,7 @@ def training(
     folded: Annotated[
         bool | None, typer.Option(help="Time + fuse convolution and + tune too; on cuda not if left out.")
     ] = None,
+    apart: Annotated[bool | None, typer.Option(help="A process a side, as a training has; on cuda not.")] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     threads: Threads = None,
@@ -116,6 +117,7 @@ def training(
             settle=settle,
             seed=seed,
             folded=folded,
+            apart=apart,
             models=listed(models),
             dtype=dtype,
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import hashlib
 import os
 import platform
 import re
@@ -17,7 +19,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from leannorm import records
+from leannorm import backends, records
+from leannorm.backends.cpu import extension
 from leannorm.conversion.fusion import fuse
 from leannorm.conversion.fusion_check import training_outputs
 from leannorm.nn.batchnorm import SampledBatchNorm
@@ -56,7 +59,8 @@ def tune(
         compiled: the model will run under `torch.compile`: time there, too, each batch norm that is not folded, as the
             one operator that the compiler calls and decomposed into PyTorch's, which it fuses, and take the faster.
             Drops what was compiled before.
-        plan: the file; None keeps one for each machine, number of threads and version of torch in the user's cache.
+        plan: the file; None keeps one for each machine, number of threads, version of torch and build of the kernels in
+            the user's cache.
 
     Returns:
         The model, and a report of every BN layer as of `fuse`; those that had a choice with both times.
@@ -238,4 +242,16 @@ def _default_path(device: torch.device) -> Path:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else name
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leannorm"
     slug = re.sub(r"[^a-z0-9.]+", "-", f"{device.type} {name} torch {torch.__version__}".lower())
-    return folder / f"tune-{slug}.json"
+    return folder / f"tune-{slug}-{_fingerprint()}.json"
+
+
+@functools.cache
+def _fingerprint() -> str:
+    """Tell one build of the back ends from another: what was measured of one says nothing about the other."""
+    files = sorted(Path(backends.__file__).parent.rglob("*.py"))
+    if extension.kernels is not None:
+        files.append(Path(extension.kernels.__file__))
+    digest = hashlib.blake2b(digest_size=4)
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

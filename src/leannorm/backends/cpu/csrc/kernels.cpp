@@ -351,8 +351,8 @@ const Kernels kernels = {
     moments_rows,   moments_sampled_rows, moments_planes, moments_sampled_planes, moments_of_runs, forward_rows,
     forward_planes, backward_rows,        backward_planes, correct_rows,          correct_planes,  correct_runs,
     depthwise_at,   depthwise_forward,    depthwise_sums, depthwise_backward,
-    pointwise_pack, pointwise_forward,    pointwise_backward, pointwise_correct,  pointwise_products,
-    pointwise_filters,
+    pointwise_pack, pointwise_forward,    pointwise_sampled, pointwise_backward,  pointwise_correct,
+    pointwise_products, pointwise_filters,
 };
 
 }  // namespace leannorm::LEANNORM_ISA

@@ -145,6 +145,14 @@ struct Pointwise {
   const int64_t* places;  // the row of the input for each row of the output; null where it is the same
 };
 
+// Which row of the input gives which row of the output; null where they are counted alike.
+struct RowPairs {
+  const int64_t *inputs, *outputs;
+  bool dense;  // next to each other in both tensors, but for a few
+  int64_t input(int64_t i) const { return inputs ? inputs[i] : i; }
+  int64_t output(int64_t i) const { return outputs ? outputs[i] : i; }
+};
+
 // Rows lie in buffers by blocks, which stay in the caches, and apart by whole vectors and one line more: rows that are
 // a page apart would be in each other's way there. The filters' gradient lies in panels, filter after filter.
 constexpr int64_t kForwardBlock = 1 << 14, kBackwardBlock = 1 << 17;  // floats
@@ -197,8 +205,10 @@ struct Kernels {
   // Of pointwise convolutions. first and last are rows, or sampled ones, or outputs; scratch is of pointwise_scratch.
   void (*pointwise_pack)(const Pointwise&, const float* weight, const float* factors, bool forward, int thread,
                          int threads, float* packed);
-  void (*pointwise_forward)(const Tensors&, const Pointwise&, const float* filters, const Channels&, int64_t first,
-                            int64_t last, float* scratch);
+  void (*pointwise_forward)(const Tensors&, const Pointwise&, const float* filters, const Channels&, const RowPairs&,
+                            int64_t first, int64_t last, float* scratch);
+  void (*pointwise_sampled)(const Tensors&, const Pointwise&, const Channels&, const SampledRows&, int64_t first,
+                            int64_t last);
   void (*pointwise_backward)(const Tensors&, const Pointwise&, const float* filters, const Channels& inputs,
                              int64_t first, int64_t last, double* sum_g, float* dweight, float* scratch);
   void (*pointwise_correct)(const Tensors&, const Pointwise&, const float* filters, const Channels& inputs,

@@ -57,11 +57,26 @@ PointwisePlan::PointwisePlan(int64_t samples, int64_t inputs, int64_t outputs, s
       input_rows(samples * sizes[0] * sizes[1]),
       regions({samples, divide_up(sizes[0], stride[0]), divide_up(sizes[1], stride[1])}, std::move(boxes),
               std::move(shares), drawn) {
-  if (rows == input_rows) return;
-  places.reserve(rows);
-  for (int64_t line = 0; line < samples * sizes[0]; ++line)
+  for (int64_t line = 0; rows != input_rows && line < samples * sizes[0]; ++line)
     for (int64_t column = 0; line % sizes[0] % stride[0] == 0 && column < sizes[1]; column += stride[1])
       places.push_back(line * sizes[1] + column);
+  std::optional<SampledOutputs> unused;
+  if (!drawn) fixed_ = rest(regions.at(nullptr, unused));
+}
+
+const PointwisePlan::Rest& PointwisePlan::rest(const SampledOutputs& sampled, std::optional<Rest>& drawn) const {
+  return fixed_ ? *fixed_ : drawn.emplace(rest(sampled));
+}
+
+PointwisePlan::Rest PointwisePlan::rest(const SampledOutputs& sampled) const {
+  Rest found;
+  found.outputs.reserve(rows);
+  auto next = sampled.positions.begin();
+  for (int64_t row = 0; row < rows; ++row)
+    if (next != sampled.positions.end() && *next == row) ++next;
+    else found.outputs.push_back(row);
+  if (!places.empty()) found.inputs = inputs_of(*this, found.outputs);
+  return found;
 }
 
 Pointwise PointwisePlan::view() const { return {inputs, outputs, places.empty() ? nullptr : places.data()}; }
@@ -75,10 +90,10 @@ void pointwise_forward(const Kernels& kernels, const PointwisePlan& plan, const 
   const auto count = static_cast<int64_t>(inputs.size());
   float* const filters = scratch_of<float, Of::call>(pointwise_packed(p));
   pack(kernels, p, call.weight, nullptr, true, filters);
-  const auto compute = [&](const Tensors& t, const Pointwise& of, const Channels& channels, int64_t rows) {
+  const auto compute = [&](const Tensors& t, const RowPairs& pairs, const Channels& channels, int64_t rows) {
     over_shares(rows, threads_for(rows * p.inputs * p.outputs), [&](Range range) {
       float* const scratch = scratch_of<float, Of::thread>(pointwise_scratch(p));
-      kernels.pointwise_forward(t, of, filters, channels, range.begin, range.end, scratch);
+      kernels.pointwise_forward(t, p, filters, channels, pairs, range.begin, range.end, scratch);
     });
   };
 
@@ -87,7 +102,7 @@ void pointwise_forward(const Kernels& kernels, const PointwisePlan& plan, const 
   Tensors plain{.dtype = call.tensors.dtype, .activation = {Kind::identity, 0, 0}};
   plain.x = call.tensors.x;
   plain.out = sample;
-  compute(plain, {p.inputs, p.outputs, inputs.data()}, values.view(), count);
+  compute(plain, {inputs.data(), nullptr, false}, values.view(), count);
   const Scale scale{call, var};
   over_channels(p.outputs, count * p.outputs, [&](Range channels) {
     const auto moments = sampled_moments(kernels, plain.dtype, sample, p.outputs, nullptr, sampled, channels);
@@ -101,7 +116,15 @@ void pointwise_forward(const Kernels& kernels, const PointwisePlan& plan, const 
   });
   Tensors t = call.tensors;
   t.stream = streams(t, plan.rows, p.outputs);
-  compute(t, p, values.view(), plan.rows);
+  const SampledRows places = sampled.view(sample);
+  over_shares(places.count, threads_for(places.count * p.outputs), [&](Range range) {
+    kernels.pointwise_sampled(t, p, values.view(), places, range.begin, range.end);
+  });
+  std::optional<PointwisePlan::Rest> rest_of_draw;
+  const PointwisePlan::Rest& rest = plan.rest(sampled, rest_of_draw);
+  const bool strided = !plan.places.empty();
+  compute(t, {strided ? rest.inputs.data() : rest.outputs.data(), rest.outputs.data(), !strided}, values.view(),
+          static_cast<int64_t>(rest.outputs.size()));
 }
 
 void pointwise_backward(const Kernels& kernels, const PointwisePlan& plan, const ConvolutionCall& call,

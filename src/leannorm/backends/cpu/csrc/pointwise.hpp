@@ -9,6 +9,7 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "convolution.hpp"
@@ -21,10 +22,19 @@ struct PointwisePlan {
   int64_t input_rows;
   std::vector<int64_t> places;  // of the input for each row of the output; empty where they are the same
   SampledRegions regions;
+  // The rows that are not sampled, whose outputs are to be computed when those of the sample have been.
+  struct Rest {
+    std::vector<int64_t> inputs, outputs;  // no inputs where they are the same
+  };
 
   PointwisePlan(int64_t samples, int64_t inputs, int64_t outputs, std::array<int64_t, 2> sizes,
                 std::array<int64_t, 2> stride, std::vector<int64_t> boxes, std::vector<double> shares, bool drawn);
   Pointwise view() const;
+  const Rest& rest(const SampledOutputs&, std::optional<Rest>& drawn) const;
+
+ private:
+  Rest rest(const SampledOutputs&) const;
+  std::optional<Rest> fixed_;
 };
 
 // Writes tensors.out, tensors.dresidual as z where it is not null, and the rest.

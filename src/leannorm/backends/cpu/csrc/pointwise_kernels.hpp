@@ -41,51 +41,64 @@ void pointwise_pack(const Pointwise& p, const float* weight, const float* factor
   }
 }
 
-struct InputRows {
-  const Pointwise& p;
-  const float* x;
-  const float* operator()(int64_t row) const { return x + (p.places ? p.places[row] : row) * p.inputs; }
-};
+// act(z) of some outputs of rows, from what the convolution gives: `step` apart, that of the i-th for the row output(i).
+template <class Output>
+void finish(const Tensors& t, const Pointwise& p, const Channels& channels, const float* u, int64_t step, int64_t rows,
+            Output output, int64_t first, int64_t size) {
+  with_activation(t.activation, [&, around = t.stream](auto act) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t offset = output(i) * p.outputs + first;
+      auto *out = at<Float32>(t.out, offset), *kept = at<Float32>(t.dresidual, offset);
+      const auto* residual = at<Float32>(t.residual, offset);
+      each_vector(size, [&](int64_t c, auto lanes) {
+        const auto of = [&](const float* values) { return load<Float32>(values + first + c, All{}); };
+        const Vec centred = load<Float32>(u + i * step + c, lanes) - of(channels.mean);
+        Vec z = multiply_add(centred, of(channels.scale), of(channels.bias));
+        if (residual) z += load<Float32>(residual + c, lanes);
+        if (kept) put<Float32>(kept + c, z, around, lanes);
+        put<Float32>(out + c, act(z), around, lanes);
+      });
+    }
+  });
+}
 
 void pointwise_forward(const Tensors& t, const Pointwise& p, const float* filters, const Channels& channels,
-                       int64_t first, int64_t last, float* scratch) {
+                       const RowPairs& rows, int64_t first, int64_t last, float* scratch) {
   const Panels panels(p.outputs);
-  const InputRows inputs{p, at<Float32>(t.x)};
+  const auto* x = at<Float32>(t.x);
   const int64_t block = pointwise_rows(p.inputs, kForwardBlock), step = pointwise_step(p.inputs);
   alignas(64) float tile[kTileRows * kTileColumns];
   for (int64_t begin = first; begin < last; begin += block) {
     const int64_t count = at_most(block, last - begin), next = begin + count, coming = at_most(block, last - next);
     for (int64_t i = 0; i < count; ++i) {
-      const float* const from = inputs(begin + i);
+      const float* const from = x + rows.input(begin + i) * p.inputs;
       each_vector(p.inputs, [&](int64_t c, auto lanes) {
         store<Float32>(scratch + i * step + c, load<Float32>(from + c, lanes), lanes);
       });
     }
     AheadOfTiles ahead(tiles_of(count) * panels.count);
-    if (!p.places) ahead.add(inputs.x + next * p.inputs, coming * p.inputs);
-    if (t.residual) ahead.add(at<Float32>(t.residual, next * p.outputs), coming * p.outputs);
+    if (coming > 0 && rows.dense) {
+      const int64_t row = rows.output(next), between = rows.output(next + coming - 1) + 1 - row;
+      ahead.add(x + row * p.inputs, between * p.inputs);
+      if (t.residual) ahead.add(at<Float32>(t.residual, row * p.outputs), between * p.outputs);
+    }
     for (int64_t panel = 0; panel < panels.count; ++panel) {
       const int64_t c = panels.begin(panel), width = panels.width(panel), size = panels.size(panel);
       for (int64_t i = 0; i < count; i += kTileRows) {
         ahead.step();
         multiply<false>(width, p.inputs, {scratch + i * step, step, 1}, filters + c * p.inputs, tile);
-        with_activation(t.activation, [&, around = t.stream](auto act) {
-          for (int64_t r = 0; r < at_most(kTileRows, count - i); ++r) {
-            const int64_t offset = (begin + i + r) * p.outputs + c;
-            auto *out = at<Float32>(t.out, offset), *kept = at<Float32>(t.dresidual, offset);
-            const auto* residual = at<Float32>(t.residual, offset);
-            each_vector(size, [&](int64_t k, auto lanes) {
-              const auto of = [&](const float* values) { return load<Float32>(values + c + k, All{}); };
-              const Vec centred = load<Float32>(tile + r * width + k, All{}) - of(channels.mean);
-              Vec z = multiply_add(centred, of(channels.scale), of(channels.bias));
-              if (residual) z += load<Float32>(residual + k, lanes);
-              if (kept) put<Float32>(kept + k, z, around, lanes);
-              put<Float32>(out + k, act(z), around, lanes);
-            });
-          }
-        });
+        const auto output = [&](int64_t r) { return rows.output(begin + i + r); };
+        finish(t, p, channels, tile, width, at_most(kTileRows, count - i), output, c, size);
       }
     }
+  }
+}
+
+void pointwise_sampled(const Tensors& t, const Pointwise& p, const Channels& channels, const SampledRows& sampled,
+                       int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; ++i) {
+    const auto* u = at<Float32>(sampled.sample, sampled.rows[i] * p.outputs);
+    finish(t, p, channels, u, 0, 1, [&](int64_t) { return sampled.positions[i]; }, 0, p.outputs);
   }
 }
 
