@@ -6,7 +6,7 @@ from multiprocessing import active_children
 import pytest
 import torch
 
-from leannorm.bench.apart import apart
+from leannorm.bench.apart import apart, isolated
 
 
 def make(path, word):
@@ -19,6 +19,10 @@ def make(path, word):
 
 def leave():
     os._exit(3)
+
+
+def be_killed():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def fail_at_the_first_step():
@@ -44,9 +48,19 @@ def test_each_step_is_taken_in_a_process_of_its_own(tmp_path):
 
 
 def test_a_process_that_ends_is_told(capfd):
-    with pytest.raises(RuntimeError, match="the process of one ended with code 3"), apart({"one": leave}):
+    with pytest.raises(RuntimeError, match="the process of one was ended with code 3"), apart({"one": leave}):
         pytest.fail("made")
-    with apart({"one": fail_at_the_first_step}) as made, pytest.raises(RuntimeError, match="ended with code 1"):
+    with pytest.raises(RuntimeError, match="for want of memory"), apart({"one": be_killed}):
+        pytest.fail("made")
+    with (
+        apart({"one": fail_at_the_first_step}) as made,
+        pytest.raises(RuntimeError, match="code 1 by itself"),
+    ):
         made["one"][1]()
     assert "ValueError: no step" in capfd.readouterr().err
     assert active_children() == []
+
+
+def test_a_call_in_a_process_of_its_own():
+    assert isolated(os.getpid) != os.getpid()
+    assert isolated(torch.get_num_threads) == torch.get_num_threads()

@@ -9,8 +9,9 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import signal
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
@@ -36,26 +37,38 @@ class Process(Generic[T]):
 
     def made(self) -> T:
         """Wait for what the process makes."""
-        return self._received()
+        with self._told_if_it_ends():
+            return self._here.recv()
 
     def step(self) -> None:
         """Have the process take a step, and wait for it."""
-        self._here.send(True)
-        self._received()
+        with self._told_if_it_ends():
+            self._here.send(True)
+            self._here.recv()
 
     def end(self) -> None:
         """End the process."""
         self._here.close()
         self._process.join()
 
-    def _received(self) -> Any:
+    @contextmanager
+    def _told_if_it_ends(self) -> Iterator[None]:
         try:
-            return self._here.recv()
-        except EOFError:
+            yield
+        except (EOFError, ConnectionError):
             self._process.join()
-            raise RuntimeError(
-                f"the process of {self._name} ended with code {self._process.exitcode}; what it said is above"
-            ) from None
+            code = self._process.exitcode
+            killed = code == -signal.SIGKILL
+            why = "the system, perhaps for want of memory" if killed else "itself; what it said is above"
+            raise RuntimeError(f"the process of {self._name} was ended with code {code} by {why}") from None
+
+
+def isolated(function: Callable[..., T], *arguments: object) -> T:
+    """Call a function in a process of its own, so that the memory that it took is free again."""
+    context = multiprocessing.get_context("spawn")
+    threads = (torch.get_num_threads(),)
+    with ProcessPoolExecutor(1, context, initializer=torch.set_num_threads, initargs=threads) as executor:
+        return executor.submit(function, *arguments).result()
 
 
 @contextmanager
@@ -83,14 +96,8 @@ def _serve(there: Connection, make: Callable[[], Made[T]], threads: int) -> None
     made, step = make()
     gc.collect()
     gc.disable()
-    there.send(made)
-    while _is_asked(there):
-        step()
-        there.send(None)
-
-
-def _is_asked(there: Connection) -> bool:
-    try:
-        return there.recv()
-    except EOFError:
-        return False
+    with suppress(EOFError, ConnectionError):  # nobody asks any more
+        there.send(made)
+        while there.recv():
+            step()
+            there.send(None)

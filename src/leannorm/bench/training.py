@@ -18,7 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from leannorm.activation import activation_of
 from leannorm.bench import gate, timing
-from leannorm.bench.apart import apart
+from leannorm.bench.apart import apart, isolated
 from leannorm.bench.plan import DTYPES
 from leannorm.bench.progress import track
 from leannorm.bench.reference import by_definition
@@ -54,7 +54,8 @@ def run(plan: TrainingPlan, conditions: Conditions, *, progress: bool = False) -
     """
     for name in plan.models:
         build(f"torchvision:{name}", classes=CLASSES, channels=3)  # a misspelt name is told before minutes of checks
-    cases = [TrainingCase(name, check(name, plan), (), ()) for name in track(plan.models, "checking", shown=progress)]
+    checked = partial(isolated, check) if plan.apart else check
+    cases = [TrainingCase(name, checked(name, plan), (), ()) for name in track(plan.models, "checking", shown=progress)]
     benchmark = TrainingBenchmark(
         kind="training",
         conditions=conditions,
