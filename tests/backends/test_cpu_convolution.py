@@ -150,16 +150,16 @@ def test_any_shape(data):
 
 
 @pytest.mark.parametrize("activation", [RELU, Activation("gelu")], ids=str)
-@pytest.mark.parametrize("name", ["5x5", "64 to 80"])
-def test_threads_change_rounding_alone_and_nothing_changes_without_them(name, activation):
+@pytest.mark.parametrize(("name", "atol"), [("5x5", 1e-5), ("64 to 80", 3e-5)])  # products add up more
+def test_threads_change_rounding_alone_and_nothing_changes_without_them(name, atol, activation):
     shape = WIDE[name]
     found = []
     for count in (1, 2, 4, 4):
         with threads(count):
             found.append(results(make(shape, "grid:1/8", activation, torch.float32), incoming(shape)))
     for one, two, four, again in zip(*found, strict=True):
-        assert (one - two).norm() <= 1e-6 * one.norm()
-        assert (one - four).norm() <= 1e-6 * one.norm()
+        torch.testing.assert_close(one, two, rtol=1.3e-6, atol=atol)
+        torch.testing.assert_close(one, four, rtol=1.3e-6, atol=atol)
         assert torch.equal(four, again)
 
 
@@ -169,7 +169,7 @@ def test_what_is_not_finite_spreads(name, value):
     setup = make(WIDE[name], "bs:1/2", RELU, torch.float32)
     with torch.no_grad():
         setup.tensors[0][-1, 3, 5, 5] = value
-        setup.tensors[0][-1, 7, :2] = value
+        setup.tensors[0][-1, 7] = value
     dy = incoming(WIDE[name])
     for found, wanted in zip(results(setup, dy), results(setup.to(torch.float64), dy), strict=True):
         assert torch.equal(found.isfinite(), wanted.isfinite())

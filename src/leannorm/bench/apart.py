@@ -76,7 +76,7 @@ def apart(makers: Mapping[str, Callable[[], Made[T]]]) -> Iterator[dict[str, Mad
     """Make things and their steps in a process each, one after the other, by functions that pickle.
 
     Yields:
-        What they made, by name, and functions that take the steps, each some 50 microseconds longer than the step.
+        What they made, by name, and functions that take the steps: a message there, the step, a message back.
 
     Raises:
         RuntimeError: if a process ends before it is asked to.

@@ -109,6 +109,8 @@ def sides(plan: TrainingPlan) -> list[str]:
 
 def side(name: str, model: nn.Module, images: Tensor, plan: TrainingPlan) -> nn.Module:
     """Make a side of a copy of the model."""
+    if name == CEILING:
+        return ceiling(model, images)
     model = copy.deepcopy(model)
     if name == "torch":
         return model
@@ -116,8 +118,6 @@ def side(name: str, model: nn.Module, images: Tensor, plan: TrainingPlan) -> nn.
         torch.compiler.reset()
         model.compile(dynamic=False)
         return model
-    if name == CEILING:
-        return ceiling(model, images)
     if name.endswith(FOLDED):
         return fuse(_converted(model, name.removesuffix(FOLDED)), convolution=True)[0]
     if name.endswith(FUSED):

@@ -1,6 +1,7 @@
 // What convolutions have in common that are one operator with the batch norm after them.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -17,6 +18,16 @@ struct ConvolutionCall {
   const float *gamma, *beta;  // may be null
   double eps;
 };
+
+constexpr int64_t kWidestLanes = 16;  // of the widest vectors of any instruction set
+
+// Calls body(range) for shares of n channels, whole vectors but for the last one's end.
+template <class Body>
+void over_channels(int64_t n, int64_t work, Body body) {
+  over_shares(divide_up(n, kWidestLanes), threads_for(work), [&](Range vectors) {
+    body(Range{vectors.begin * kWidestLanes, std::min(vectors.end * kWidestLanes, n)});
+  });
+}
 
 // What batch norm multiplies a channel with.
 struct Scale {

@@ -9,19 +9,9 @@
 namespace leannorm {
 namespace {
 
-constexpr int64_t kLanes = 16;  // of the widest vectors
-
 LinkRange range_of(const std::vector<Link>& links) { return {links.data(), static_cast<int64_t>(links.size())}; }
 
-int64_t padded(int64_t channels) { return divide_up(channels, kLanes) * kLanes; }
-
-// Calls body(range) for whole vectors of channels; the last range ends with the last channel.
-template <class Body>
-void over_channels(const DepthwisePlan& plan, int64_t work, Body body) {
-  over_shares(divide_up(plan.channels, kLanes), threads_for(work), [&](Range vectors) {
-    body(Range{vectors.begin * kLanes, std::min(vectors.end * kLanes, plan.channels)});
-  });
-}
+int64_t padded(int64_t channels) { return divide_up(channels, kWidestLanes) * kWidestLanes; }
 
 // Tables of a number a tap and channel.
 class Filters {
@@ -124,7 +114,7 @@ void depthwise_forward(const Kernels& kernels, const DepthwisePlan& plan, const 
   const auto count = static_cast<int64_t>(sampled.by_region.size());
   Filters filters(plan);
   std::vector<float> shift(d.padded);
-  over_channels(plan, count * d.taps * d.channels, [&](Range channels) {
+  over_channels(d.channels, count * d.taps * d.channels, [&](Range channels) {
     filters.set(call.weight, channels, [](int64_t) { return 1.0; });
     Tensors t = call.tensors;
     t.out = sample;
@@ -171,13 +161,13 @@ void depthwise_backward(const Kernels& kernels, const DepthwisePlan& plan, const
   parallel(threads, [&](int thread) {
     const Range range = share_of(rows, thread, threads);
     float* const scratch = scratch_of<float, Of::thread>(size + d.rows.span_of_seen * d.input_row() + d.output_row() +
-                                             d.columns.outputs * kLanes);
+                                             d.columns.outputs * kWidestLanes);
     kernels.depthwise_sums(call.tensors, d, places, channels, range.begin, range.end, &totals[thread * size], scratch);
   });
 
   Filters filters(plan);
   const double share = 1 / sampled.count;
-  over_channels(plan, threads * size, [&](Range range) {
+  over_channels(d.channels, threads * size, [&](Range range) {
     for (int thread = 1; thread < threads; ++thread)
       for (int64_t k = 0; k < 1 + 3 * d.taps; ++k)
         for (int64_t c = range.begin; c < range.end; ++c)

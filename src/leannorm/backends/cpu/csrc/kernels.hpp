@@ -202,16 +202,17 @@ struct Kernels {
                          int64_t last, double* totals, float* scratch);
   void (*depthwise_backward)(const Tensors&, const Depthwise&, const float* filters, const SampledRows&,
                              const Channels&, int64_t first, int64_t last, float* scratch);
-  // Of pointwise convolutions. first and last are rows, or sampled ones, or outputs; scratch is of pointwise_scratch.
+  // Of pointwise convolutions. first and last are rows, or sampled ones, or outputs; centre is taken off
+  // the inputs; scratch is of pointwise_scratch.
   void (*pointwise_pack)(const Pointwise&, const float* weight, const float* factors, bool forward, int thread,
                          int threads, float* packed);
   void (*pointwise_forward)(const Tensors&, const Pointwise&, const float* filters, const Channels&, const RowPairs&,
                             int64_t first, int64_t last, float* scratch);
   void (*pointwise_sampled)(const Tensors&, const Pointwise&, const Channels&, const SampledRows&, int64_t first,
                             int64_t last);
-  void (*pointwise_backward)(const Tensors&, const Pointwise&, const float* filters, const Channels& inputs,
+  void (*pointwise_backward)(const Tensors&, const Pointwise&, const float* filters, const float* centre,
                              int64_t first, int64_t last, double* sum_g, float* dweight, float* scratch);
-  void (*pointwise_correct)(const Tensors&, const Pointwise&, const float* filters, const Channels& inputs,
+  void (*pointwise_correct)(const Tensors&, const Pointwise&, const float* filters, const float* centre,
                             const Channels&, const SampledRows&, int64_t first, int64_t last, float* dweight,
                             float* scratch);
   void (*pointwise_products)(const Pointwise&, const float* weight, const float* parts, int64_t count, int64_t first,

@@ -10,29 +10,6 @@
 namespace leannorm {
 namespace {
 
-constexpr int64_t kLanes = 16;  // of the widest vectors
-
-// Per-channel values, behind which kernels may read a vector.
-struct Values {
-  int64_t padded;
-  std::vector<float> values;
-  float *mean, *scale, *bias, *centre, *slope;
-
-  explicit Values(int64_t channels) : padded(channels + kLanes), values(5 * padded) {
-    float* p = values.data();
-    for (float** row : {&mean, &scale, &bias, &centre, &slope}) *row = p, p += padded;
-  }
-  Channels view() const { return {mean, scale, bias, centre, slope}; }
-};
-
-// Calls body(range) for shares of n channels.
-template <class Body>
-void over_channels(int64_t n, int64_t work, Body body) {
-  over_shares(divide_up(n, kLanes), threads_for(work), [&](Range vectors) {
-    body(Range{vectors.begin * kLanes, std::min(vectors.end * kLanes, n)});
-  });
-}
-
 void pack(const Kernels& kernels, const Pointwise& p, const float* weight, const float* factors, bool forward,
           float* packed) {
   const int threads = threads_for(p.inputs * p.outputs);
@@ -97,7 +74,7 @@ void pointwise_forward(const Kernels& kernels, const PointwisePlan& plan, const 
     });
   };
 
-  Values values(p.outputs);
+  ChannelBuffers values({1, p.outputs, 1, 1, 1});
   std::fill_n(values.scale, p.outputs, 1.0f);
   Tensors plain{.dtype = call.tensors.dtype, .activation = {Kind::identity, 0, 0}};
   plain.x = call.tensors.x;
@@ -138,22 +115,23 @@ void pointwise_backward(const Kernels& kernels, const PointwisePlan& plan, const
   const int threads = threads_for(plan.rows * p.inputs * p.outputs);
   const Scale scale{call, var};
   Tensors t = call.tensors;
-  Values values(p.outputs), inputs(p.inputs), factors(p.outputs);
+  ChannelBuffers values({1, p.outputs, 1, 1, 1});
+  std::vector<float> factors(p.outputs), centre(divide_up(p.inputs, kWidestLanes) * kWidestLanes);
   for (int64_t c = 0; c < p.outputs; ++c) {
     values.mean[c] = mean[c];
     values.scale[c] = static_cast<float>(scale.rstd(c));
-    factors.scale[c] = static_cast<float>(scale(c));
+    factors[c] = static_cast<float>(scale(c));
   }
   over_channels(p.inputs, places.count * p.inputs, [&](Range channels) {
     const auto moments =
         sampled_moments(kernels, t.dtype, call.tensors.x, p.inputs, rows.data(), sampled, channels);
-    std::copy(moments.means.begin(), moments.means.end(), inputs.mean + channels.begin);
+    std::copy(moments.means.begin(), moments.means.end(), centre.begin() + channels.begin);
   });
 
   float* const filters = scratch_of<float, Of::call>(pointwise_packed(p) + threads * pointwise_part(p));
   float* const parts = filters + pointwise_packed(p);
   if (t.out) {
-    pack(kernels, p, call.weight, factors.scale, false, filters);
+    pack(kernels, p, call.weight, factors.data(), false, filters);
     t.stream = streams(t, plan.input_rows, p.inputs);
     if (!plan.places.empty())  // inputs that no output sees
       over_shares(plan.input_rows * p.inputs, threads, [&](Range range) {
@@ -169,7 +147,7 @@ void pointwise_backward(const Kernels& kernels, const PointwisePlan& plan, const
   };
   each_part(plan.rows, [&](Range range, int thread, float* part, float* scratch) {
     std::fill_n(part, pointwise_part(p), 0.0f);
-    kernels.pointwise_backward(t, p, filters, inputs.view(), range.begin, range.end, &sums[thread * p.outputs], part,
+    kernels.pointwise_backward(t, p, filters, centre.data(), range.begin, range.end, &sums[thread * p.outputs], part,
                                scratch);
   });
   const double share = 1 / sampled.count;
@@ -186,11 +164,11 @@ void pointwise_backward(const Kernels& kernels, const PointwisePlan& plan, const
     }
   });
   each_part(places.count, [&](Range range, int, float* part, float* scratch) {
-    kernels.pointwise_correct(t, p, filters, inputs.view(), values.view(), places, range.begin, range.end, part,
+    kernels.pointwise_correct(t, p, filters, centre.data(), values.view(), places, range.begin, range.end, part,
                               scratch);
   });
   over_channels(p.outputs, threads * p.inputs * p.outputs, [&](Range range) {
-    kernels.pointwise_filters(p, parts, threads, factors.scale, range.begin, range.end, dweight);
+    kernels.pointwise_filters(p, parts, threads, factors.data(), range.begin, range.end, dweight);
   });
 }
 

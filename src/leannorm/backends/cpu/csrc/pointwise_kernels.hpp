@@ -102,7 +102,7 @@ void pointwise_sampled(const Tensors& t, const Pointwise& p, const Channels& cha
   }
 }
 
-// What rows of gradients do: fill(first, count, to) writes a block of them, `step` apart, and asks for the next block.
+// What rows of gradients do, with the inputs less their centre: fill(first, count, to) writes a block of them, `step` apart, and asks for the next block.
 // The filters' gradient is added to; dx, where it is wanted, is written or, of rows that have been written, added to.
 template <bool kAdd, class InputRow, class Fill>
 void backward_rows(const Tensors& t, const Pointwise& p, const float* filters, const float* centre, int64_t first,
@@ -148,7 +148,7 @@ void backward_rows(const Tensors& t, const Pointwise& p, const float* filters, c
   }
 }
 
-void pointwise_backward(const Tensors& t, const Pointwise& p, const float* filters, const Channels& channels,
+void pointwise_backward(const Tensors& t, const Pointwise& p, const float* filters, const float* centre,
                         int64_t first, int64_t last, double* sum_g, float* dweight, float* scratch) {
   const int64_t step = pointwise_step(p.outputs);
   float* const sums = scratch + pointwise_scratch(p) - step;
@@ -180,10 +180,10 @@ void pointwise_backward(const Tensors& t, const Pointwise& p, const float* filte
     flush();
   };
   const auto input_row = [&](int64_t row) { return p.places ? p.places[row] : row; };
-  backward_rows<false>(t, p, filters, channels.mean, first, last, dweight, scratch, input_row, fill);
+  backward_rows<false>(t, p, filters, centre, first, last, dweight, scratch, input_row, fill);
 }
 
-void pointwise_correct(const Tensors& t, const Pointwise& p, const float* filters, const Channels& inputs,
+void pointwise_correct(const Tensors& t, const Pointwise& p, const float* filters, const float* centre,
                        const Channels& channels, const SampledRows& sampled, int64_t first, int64_t last,
                        float* dweight, float* scratch) {
   const int64_t step = pointwise_step(p.outputs);
@@ -202,7 +202,7 @@ void pointwise_correct(const Tensors& t, const Pointwise& p, const float* filter
     const int64_t row = sampled.positions[i];
     return p.places ? p.places[row] : row;
   };
-  backward_rows<true>(t, p, filters, inputs.mean, first, last, dweight, scratch, input_row, fill);
+  backward_rows<true>(t, p, filters, centre, first, last, dweight, scratch, input_row, fill);
 }
 
 // Calls body(column, offset in the parts, lanes) for an output's filter.
