@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from leannorm.backends import aten, conv_batch_norm, cpu, triton
 from leannorm.backends.choice import serving, takes
+from leannorm.backends.cpu.concatenated import takes as takes_concatenation
 from leannorm.backends.cpu.extension import empty_cache
 
-__all__ = ["aten", "conv_batch_norm", "cpu", "empty_cache", "serving", "takes", "triton"]
+__all__ = ["aten", "conv_batch_norm", "cpu", "empty_cache", "serving", "takes", "takes_concatenation", "triton"]

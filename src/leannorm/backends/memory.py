@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 PLAIN = (Tensor, torch.nn.Parameter)  # types that have memory to read
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def is_channels_last(x: Tensor) -> bool | None:
     """Whether the channels come last in memory, or None for an order that the kernels do not know."""
     if x.is_contiguous():
         return x.numel() == x.shape[0] * x.shape[1]
-    if x.ndim in _CHANNELS_LAST:
-        return True if x.is_contiguous(memory_format=_CHANNELS_LAST[x.ndim]) else None
+    if x.ndim in CHANNELS_LAST:
+        return True if x.is_contiguous(memory_format=CHANNELS_LAST[x.ndim]) else None
     return True if x.movedim(1, -1).is_contiguous() else None
 
 

@@ -33,6 +33,9 @@ def fuse(
     flags that the block's own forward reads become constants (where one is set later, the block is no longer fused).
     `revert` undoes it, and it may come before or after `convert`.
 
+    A concatenation along channels right before a layer (a DenseNet's) is neither written nor kept for backward where
+    `leannorm.functional.concatenated_batch_norm` can; its parts are, and must not be changed in place before backward.
+
     With ``convolution`` the convolution or linear layer before a BN layer is computed in the same operator, so that its
     own output is neither written nor kept for backward. That needs sampled statistics: the few sampled outputs come
     first, and give the scale of the filters and the shift (`leannorm.functional.conv_batch_norm`). Where a call does

@@ -13,11 +13,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.package.importer import sys_importer
 
 from leannorm.activation import Activation, activation_of
-from leannorm.conversion.fusion_rules import Match, convolution_before, match, rewrite
+from leannorm.conversion.fusion_rules import Match, concatenation_before, convolution_before, match, rewrite
 from leannorm.conversion.fusion_trace import UntraceableError, positional_parameters, trace
 from leannorm.nn import folding
 from leannorm.nn.batchnorm import SampledBatchNorm
-from leannorm.nn.fused import Rewrite, activation_step, children_of_containers, end_of_steps, fused_class, is_observed
+from leannorm.nn.fused import (
+    Rewrite,
+    activation_step,
+    children_of_containers,
+    end_of_steps,
+    fused_class,
+    is_free,
+    is_observed,
+)
 
 
 @dataclass
@@ -89,9 +97,9 @@ class Plan:
             return
         modules = dict(block.named_modules(remove_duplicate=False))
         graphs = _graphs(block)
-        matches, used, alone, apart = {}, {}, {}, {}
+        matches, used, alone, apart, joined = {}, {}, {}, {}, set()
         for kinds, graph in graphs.items():
-            matches[kinds] = self._matches(graph, modules, alone, apart)
+            matches[kinds] = self._matches(graph, modules, alone, apart, joined)
             used |= {modules[str(found.call.target)]: found.action for found in matches[kinds] if found.steps}
         last = {kinds: self._output(graph, modules) for kinds, graph in graphs.items()}
         tails = {str(call.target) if call is not None else None for call in last.values()}
@@ -120,6 +128,9 @@ class Plan:
                 self.reasons[layer] = reason
         for layer, action in used.items():
             self._use(layer, action)
+        for layer in joined:  # exact statistics read it twice: it is written for them
+            if folding.refusal_of_statistics(layer.statistics) is None:
+                self.actions[layer] = f"concatenation + {self.actions.get(layer, 'batch norm')}"
         for layer, reason in apart.items():
             self._fold(layer, reason)
 
@@ -129,11 +140,13 @@ class Plan:
         modules: dict[str, nn.Module],
         alone: dict[nn.Module, str | None],
         apart: dict[SampledBatchNorm, str | None],
+        joined: set[nn.Module],
     ) -> list[Match]:
         """Find the matches of a graph, layers before modules that end in one, the last call first.
 
         ``alone`` gets the layers that the graph calls without steps, with the reason if something hinders; ``apart``
-        those whose call may compute the convolution before it, with the reason if none of their calls does.
+        those whose call may compute the convolution before it, with the reason if none of their calls does; ``joined``
+        those with a concatenation before them.
         """
         calls = [node for node in graph.nodes if node.op == "call_module"]
         calls = [node for node in reversed(calls) if self._is_callable(modules[str(node.target)])]
@@ -149,10 +162,13 @@ class Plan:
             if self._may_fold(layer):
                 before = convolution_before(found, modules)
                 if isinstance(before, fx.Node):
-                    found, apart[layer] = dataclasses.replace(found, convolution=before), None
+                    found, apart[layer] = dataclasses.replace(found, before=before), None
                 else:
                     apart.setdefault(layer, before)
-            if found.steps or found.convolution is not None:
+            if is_free(layer) and (before := concatenation_before(found)) is not None:
+                found = dataclasses.replace(found, before=before)
+                joined.add(layer)
+            if found.steps or found.before is not None:
                 matches.append(found)
                 taken.update(found.nodes)
         return matches
@@ -169,11 +185,11 @@ class Plan:
             self.apart[layer] = reason
 
     def _is_callable(self, module: nn.Module) -> bool:
-        """Whether the call of a module can take steps, or the convolution before it."""
-        return self._tail(module) is not None or self._may_fold(module)
+        """Whether the call of a module can take steps, or what comes before it."""
+        return self._tail(module) is not None or is_free(module)
 
     def _may_fold(self, module: nn.Module) -> TypeGuard[SampledBatchNorm]:
-        return self.convolutions is not None and isinstance(module, SampledBatchNorm) and not is_observed(module)
+        return self.convolutions is not None and is_free(module)
 
     def _output(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> fx.Node | None:
         """Give the layer's call that is the output, if it is."""

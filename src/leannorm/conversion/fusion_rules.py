@@ -23,6 +23,7 @@ _PLAIN = {
     "silu": {F.silu},
     "hardswish": {F.hardswish},
 }
+_CONCATENATE = {torch.cat, torch.concat, torch.concatenate}
 _GELU, _LEAKY_RELU, _HARDTANH = {F.gelu}, {F.leaky_relu, F.leaky_relu_}, {F.hardtanh, F.hardtanh_}
 _CLAMP = {torch.clamp, torch.clamp_, torch.clip, torch.clip_, "clamp", "clamp_", "clip", "clip_"}
 
@@ -36,14 +37,15 @@ class Match:
         steps: a node to be added, the name of a module to be called, or an activation.
         nodes: the nodes of the steps, in their order; the last gives the value.
         action: what is fused, in words.
-        convolution: the node that calls the convolution before the layer, if that is computed in the same call.
+        before: the node before the layer that is computed in the same call, if there is one: it calls a convolution, or
+            concatenates along channels.
     """
 
     call: fx.Node
     steps: tuple[fx.Node | str | Activation, ...] = ()
     nodes: tuple[fx.Node, ...] = ()
     action: str = ""
-    convolution: fx.Node | None = None
+    before: fx.Node | None = None
 
     @property
     def last(self) -> fx.Node:
@@ -68,11 +70,22 @@ def convolution_before(found: Match, modules: Mapping[str, nn.Module]) -> fx.Nod
     return value
 
 
-def _reads_late(convolution: fx.Node, steps: tuple[fx.Node, ...]) -> bool:
-    """Whether a convolution computed with the last step still finds its input: nothing may change it in between."""
-    node = convolution.next
+def concatenation_before(found: Match) -> fx.Node | None:
+    """Find the concatenation along channels that a layer's call normalizes, if the call can compute it."""
+    value = next(iter(found.call.args), None)
+    if not isinstance(value, fx.Node) or value.op != "call_function" or value.target not in _CONCATENATE:
+        return None
+    given = dict(zip(("tensors", "dim"), value.args, strict=False)) | value.kwargs
+    plain = given.keys() == {"tensors", "dim"} and given["dim"] == 1 and len(value.args) > 0
+    return value if plain and len(value.users) == 1 and _reads_late(value, found.nodes) else None
+
+
+def _reads_late(before: fx.Node, steps: tuple[fx.Node, ...]) -> bool:
+    """Whether a node computed with the last step still finds its inputs: nothing may change them in between."""
+    node = before.next
     while steps and node is not steps[-1]:
-        if convolution.args[0] in node.all_input_nodes and node not in steps and not _only_reads(node):
+        shares = not set(before.all_input_nodes).isdisjoint(node.all_input_nodes)
+        if shares and node not in steps and not _only_reads(node):
             return False
         node = node.next
     return True
@@ -139,7 +152,7 @@ def rewrite(graph: fx.Graph, matches: list[Match], tail: fx.Node | None, constan
 
     Args:
         graph: is changed.
-        matches: with steps, or with a convolution.
+        matches: with steps, or with a node before the layer.
         tail: the layer's call that gives the output, which is to take the steps after the block's own call; or None.
         constants: activations without a module; new ones are appended.
     """
@@ -149,31 +162,33 @@ def rewrite(graph: fx.Graph, matches: list[Match], tail: fx.Node | None, constan
             continue
         with graph.inserting_before(found.last):
             steps = [_step(graph, step, constants) for step in found.steps]
-            fused = _chain(graph, found.call, tuple(replaced.get(step, step) for step in steps), found.convolution)
+            fused = _chain(graph, found.call, tuple(replaced.get(step, step) for step in steps), found.before)
         found.last.replace_all_uses_with(fused)
         replaced[found.last] = fused
-        for node in (*reversed(found.nodes), found.call, found.convolution):
+        for node in (*reversed(found.nodes), found.call, found.before):
             if node is not None:
                 graph.erase_node(node)
     if tail is not None:
-        convolution = next((found.convolution for found in matches if found.call is tail), None)
+        before = next((found.before for found in matches if found.call is tail), None)
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         with graph.inserting_after(placeholders[-1]):
             steps = graph.placeholder("steps_after_the_block")
         with graph.inserting_before(tail):
-            fused = _chain(graph, tail, steps, convolution)
+            fused = _chain(graph, tail, steps, before)
         tail.replace_all_uses_with(fused)
         graph.erase_node(tail)
-        if convolution is not None:
-            graph.erase_node(convolution)
+        if before is not None:
+            graph.erase_node(before)
 
 
-def _chain(graph: fx.Graph, call: fx.Node, steps: Any, convolution: fx.Node | None) -> fx.Node:
+def _chain(graph: fx.Graph, call: fx.Node, steps: Any, before: fx.Node | None) -> fx.Node:
     layer = graph.create_node("get_attr", str(call.target))
-    if convolution is None:
+    if before is None:
         return graph.call_function(chain, (layer, call.args[0], steps))
-    before = graph.create_node("get_attr", str(convolution.target))
-    return graph.call_function(chain, (layer, convolution.args[0], steps, before))
+    if before.op == "call_function":
+        return graph.call_function(chain, (layer, before.args[0], steps))
+    convolution = graph.create_node("get_attr", str(before.target))
+    return graph.call_function(chain, (layer, before.args[0], steps, convolution))
 
 
 def _step(graph: fx.Graph, step: fx.Node | str | Activation, constants: list[Activation]) -> fx.Node:

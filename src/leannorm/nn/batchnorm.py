@@ -13,7 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from leannorm import functional
 from leannorm.activation import Activation, as_activation
 from leannorm.methods import Method
-from leannorm.nn import calls, folding
+from leannorm.nn import calls
+from leannorm.nn.concatenation import Concatenation
+from leannorm.nn.folding import Fold
 from leannorm.nn.recompute import in_backward, recomputing
 from leannorm.nn.tracing import Unscriptable, is_traced, record
 from leannorm.nn.virtual import VirtualMark
@@ -127,12 +129,12 @@ class SampledBatchNorm(Unscriptable, _BatchNorm):
         input: Tensor,
         residual: Tensor | None = None,
         activation: str | Activation | None = None,
-        folded: folding.Fold | None = None,
+        folded: Fold | Concatenation | None = None,
     ) -> Tensor:
         """Normalize ``input``, add ``residual`` (same shape and dtype), and activate.
 
-        ``activation`` is one for this call, of a layer that has none of its own. A ``folded`` convolution is
-        computed in the same operator (`leannorm.nn.folding`), and ``input`` is what it takes.
+        ``activation`` is one for this call, of a layer that has none of its own. A ``folded`` convolution or
+        concatenation is computed in the same operator, and ``input`` is what it takes (its first input).
         """
         if is_traced(input):
             return record(self, input, residual, activation, folded)
@@ -146,7 +148,7 @@ class SampledBatchNorm(Unscriptable, _BatchNorm):
         if folded is None:
             return self._train_forward(input, residual, activation)
         self._check_mark(input)
-        y, mean, var = folding.conv_batch_norm(folded, self, input, residual, activation)
+        y, mean, var = folded.compute(self, input, residual, activation)
         self._take_in(y, mean, var, folded.regions)
         return y
 

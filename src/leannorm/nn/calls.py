@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -44,16 +44,18 @@ def recorded() -> Iterator[list[Call]]:
 def record(
     folded: Fold | None,
     layer: SampledBatchNorm,
-    input: Tensor,
+    input: Tensor | Sequence[Tensor],
     residual: Tensor | None,
     activation: str | Activation | None,
 ) -> None:
-    """Note a call where calls are recorded."""
+    """Note a call where calls are recorded; of several inputs their concatenation along channels is noted."""
     if _recording is None:
         return
-    kept = None if residual is None else _sketch(residual)
-    _recording.append(Call(folded, layer, _sketch(input), kept, as_activation(activation), input.device))
+    parts = [input] if isinstance(input, Tensor) else input
+    kept = None if residual is None else _sketch([residual])
+    _recording.append(Call(folded, layer, _sketch(parts), kept, as_activation(activation), parts[0].device))
 
 
-def _sketch(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, device="meta", requires_grad=tensor.requires_grad)
+def _sketch(parts: Sequence[Tensor]) -> Tensor:
+    sketches = [torch.empty_like(part, device="meta", requires_grad=part.requires_grad) for part in parts]
+    return sketches[0] if len(sketches) == 1 else torch.cat(sketches, 1)

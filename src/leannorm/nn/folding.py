@@ -35,6 +35,42 @@ class Fold(NamedTuple):
     dtype: torch.dtype
     regions: Regions
 
+    def compute(
+        self,
+        layer: SampledBatchNorm,
+        input: Tensor,
+        residual: Tensor | None,
+        activation: str | Activation | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Call `leannorm.functional.conv_batch_norm` with the parameters of the module and of the layer after it."""
+        calls.record(self, layer, input, residual, activation)
+        module, x = self.module, input.to(self.dtype)
+        stride = padding = dilation = ()
+        groups = 1
+        if not isinstance(module, nn.Linear):
+            stride, dilation, groups = module.stride, module.dilation, module.groups
+            around = _around(module)
+            padding = tuple(before for before, _ in around)
+            if module.padding_mode != "zeros" or any(before != after for before, after in around):
+                mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+                x = F.pad(x, [size for pair in reversed(around) for size in pair], mode)
+                padding = (0,) * len(around)
+        return functional.conv_batch_norm(
+            x,
+            module.weight,
+            module.bias,
+            layer.weight,
+            layer.bias,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            statistics=self.regions,
+            eps=layer.eps,
+            residual=residual,
+            activation=activation,
+        )
+
 
 def fold(module: nn.Module, layer: SampledBatchNorm, input: Tensor) -> Fold | None:
     """Give what a batch norm layer's call on a module's input computes, or None where the two stay apart."""
@@ -82,39 +118,6 @@ def refusal_of_statistics(statistics: Statistics) -> str | None:
     if isinstance(statistics, FullBatch):
         return "exact statistics need the convolution's whole output first; convert it to a sampled source"
     return None
-
-
-def conv_batch_norm(
-    folded: Fold, layer: SampledBatchNorm, input: Tensor, residual: Tensor | None, activation: str | Activation | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Call `leannorm.functional.conv_batch_norm` with the parameters of a module and of the layer after it."""
-    calls.record(folded, layer, input, residual, activation)
-    module, x = folded.module, input.to(folded.dtype)
-    stride = padding = dilation = ()
-    groups = 1
-    if not isinstance(module, nn.Linear):
-        stride, dilation, groups = module.stride, module.dilation, module.groups
-        around = _around(module)
-        padding = tuple(before for before, _ in around)
-        if module.padding_mode != "zeros" or any(before != after for before, after in around):
-            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-            x = F.pad(x, [size for pair in reversed(around) for size in pair], mode)
-            padding = (0,) * len(around)
-    return functional.conv_batch_norm(
-        x,
-        module.weight,
-        module.bias,
-        layer.weight,
-        layer.bias,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-        statistics=folded.regions,
-        eps=layer.eps,
-        residual=residual,
-        activation=activation,
-    )
 
 
 def _shape(module: Foldable, input: Tensor) -> tuple[int, ...]:

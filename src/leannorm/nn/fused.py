@@ -12,7 +12,7 @@ import linecache
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from leannorm.activation import Activation, activation_of
 from leannorm.nn import folding
 from leannorm.nn.batchnorm import SampledBatchNorm
+from leannorm.nn.concatenation import Concatenation, concatenation
 from leannorm.nn.folding import is_observed
 from leannorm.nn.tracing import is_traced
 from leannorm.ops.definition import activate
@@ -28,24 +29,28 @@ Step = Tensor | Activation | nn.Module  # a tensor is added
 
 
 def chain(
-    layer: nn.Module, input: Tensor, steps: tuple[Step, ...] = (), convolution: nn.Module | None = None
+    layer: nn.Module,
+    input: Tensor | list[Tensor] | tuple[Tensor, ...],
+    steps: tuple[Step, ...] = (),
+    convolution: nn.Module | None = None,
 ) -> Tensor:
     """Apply a layer, then each step: add a tensor, activate, or call a module; in one operator where it can be.
 
     It can be where the layer is leannorm's (or a fused module that ends in one), a residual of the input's shape and
-    dtype comes first, an activation last, and no hook wants to see what lies between. A ``convolution`` comes before
-    the layer, in the same operator where `leannorm.nn.folding` can.
+    dtype comes first, an activation last, and no hook wants to see what lies between. Several tensors, a list or a
+    tuple, are concatenated along channels first, and a ``convolution`` comes before the layer; in the same operator
+    where `leannorm.nn.concatenation` and `leannorm.nn.folding` can.
     """
+    if isinstance(input, list | tuple):
+        joined = concatenation(layer, input) if is_free(layer) else None
+        if joined is None:
+            return chain(layer, torch.cat(input, 1), steps)
+        return _with_what_is_before(layer, input[0], joined, steps)
     if convolution is not None:
-        folded = None
-        if isinstance(layer, SampledBatchNorm) and not is_observed(layer):
-            folded = folding.fold(convolution, layer, input)
-        if folded is not None:
-            operands = _operands(steps, folded.shape, folded.dtype, input) if takes_steps(layer) else None
-            if operands is not None:
-                return layer(input, *operands, folded)
-            return _follow(layer(input, None, None, folded), steps)
-        return chain(layer, convolution(input), steps)
+        folded = folding.fold(convolution, layer, input) if is_free(layer) else None
+        if folded is None:
+            return chain(layer, convolution(input), steps)
+        return _with_what_is_before(layer, input, folded, steps)
     if takes_steps(layer):
         if not isinstance(layer, SampledBatchNorm):
             return layer(input, fused_steps=steps)
@@ -53,6 +58,15 @@ def chain(
         if operands is not None:
             return layer(input, *operands)
     return _follow(layer(input), steps)
+
+
+def _with_what_is_before(
+    layer: nn.Module, input: Tensor, before: folding.Fold | Concatenation, steps: tuple[Step, ...]
+) -> Tensor:
+    operands = _operands(steps, before.shape, before.dtype, input) if takes_steps(layer) else None
+    if operands is not None:
+        return layer(input, *operands, before)
+    return _follow(layer(input, None, None, before), steps)
 
 
 def _follow(value: Tensor, steps: tuple[Step, ...]) -> Tensor:
@@ -64,6 +78,11 @@ def _follow(value: Tensor, steps: tuple[Step, ...]) -> Tensor:
         else:
             value = value + step
     return value
+
+
+def is_free(module: nn.Module) -> TypeGuard[SampledBatchNorm]:
+    """Whether a module is a layer of leannorm's whose call nothing from outside sees."""
+    return isinstance(module, SampledBatchNorm) and not is_observed(module)
 
 
 def takes_steps(layer: nn.Module | None) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from leannorm.methods import MaskedSequences
+from leannorm.nn.concatenation import Concatenation
 from leannorm.nn.entry import Entry
 from leannorm.nn.folding import Fold
 from leannorm.nn.method import MomentsNorm
@@ -78,7 +79,7 @@ class MaskedBatchNorm(MomentsNorm):
         input: Tensor,
         residual: Tensor | None = None,
         activation: Any = None,
-        folded: Fold | None = None,
+        folded: Fold | Concatenation | None = None,
         *,
         lengths: Any = None,
     ) -> Tensor:

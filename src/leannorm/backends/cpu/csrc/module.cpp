@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "concatenated.hpp"
 #include "depthwise.hpp"
 #include "driver.hpp"
 #include "kept_tensor.hpp"
@@ -98,6 +99,34 @@ void backward(const Plan& plan, int dtype, Address dy, Address x, Address residu
             pointer<float>(sum_g));
 }
 
+Parts parts_of(const std::vector<Address>& xs, const std::vector<Address>& dxs, const std::vector<int64_t>& channels) {
+  Parts parts;
+  for (size_t i = 0; i < channels.size(); ++i)
+    parts.push_back({pointer<char>(xs[i]), dxs.empty() ? nullptr : pointer<char>(dxs[i]), channels[i]});
+  return parts;
+}
+
+void concatenated_forward(const Plan& plan, int dtype, const std::vector<Address>& xs,
+                          const std::vector<int64_t>& channels, Address y, Address weight, Address bias, Address mean,
+                          Address var, Address draw, double eps, int kind, float first, float second) {
+  Tensors tensors = of_kind(dtype, kind, first, second);
+  tensors.out = pointer<void>(y);
+  const Call call{tensors, pointer<int64_t>(draw), pointer<float>(weight), pointer<float>(bias), eps};
+  concatenated_batch_norm(chosen.of(dtype), plan, call, parts_of(xs, {}, channels), pointer<float>(mean),
+                          pointer<float>(var));
+}
+
+void concatenated_backward(const Plan& plan, int dtype, Address dy, const std::vector<Address>& xs,
+                           const std::vector<Address>& dxs, const std::vector<int64_t>& channels, Address weight,
+                           Address bias, Address mean, Address var, Address sum_g_xhat, Address sum_g, Address draw,
+                           double eps, int kind, float first, float second) {
+  Tensors tensors = of_kind(dtype, kind, first, second);
+  tensors.dy = pointer<void>(dy);
+  const Call call{tensors, pointer<int64_t>(draw), pointer<float>(weight), pointer<float>(bias), eps};
+  concatenated_batch_norm_backward(chosen.of(dtype), plan, call, parts_of(xs, dxs, channels), pointer<float>(mean),
+                                   pointer<float>(var), pointer<float>(sum_g_xhat), pointer<float>(sum_g));
+}
+
 template <class Plan, auto kOperator>
 void convolution_forward(const Plan& plan, int dtype, Address x, Address residual, Address y, Address z,
                          Address sample, Address weight, Address gamma, Address beta, Address mean, Address var,
@@ -147,7 +176,9 @@ NB_MODULE(_kernels, m) {
       .def("batch_norm", &leannorm::forward<leannorm::batch_norm>, unlocked)
       .def("batch_norm_backward", &leannorm::backward<leannorm::batch_norm_backward>, unlocked)
       .def("normalize", &leannorm::forward<leannorm::normalize>, unlocked)
-      .def("backward_fused", &leannorm::backward<leannorm::backward_fused>, unlocked);
+      .def("backward_fused", &leannorm::backward<leannorm::backward_fused>, unlocked)
+      .def("concatenated", &leannorm::concatenated_forward, unlocked)
+      .def("concatenated_backward", &leannorm::concatenated_backward, unlocked);
   using leannorm::DepthwisePlan;
   using Pair = std::array<int64_t, 2>;
   nb::class_<DepthwisePlan>(m, "DepthwisePlan")

@@ -1,0 +1,30 @@
+"""The functional form of the layers: validates, then calls `torch.ops.leannorm.*`."""
+
+from __future__ import annotations
+
+from leannorm.functional.checks import one_element
+from leannorm.functional.given import normalize, normalize_by, scale_shift, transform
+from leannorm.functional.sampled import (
+    batch_norm,
+    concatenated_batch_norm,
+    concatenated_shape,
+    conv_batch_norm,
+    moments,
+    snapshot,
+    takes_concatenation,
+)
+
+__all__ = [
+    "batch_norm",
+    "concatenated_batch_norm",
+    "concatenated_shape",
+    "conv_batch_norm",
+    "moments",
+    "normalize",
+    "normalize_by",
+    "one_element",
+    "scale_shift",
+    "snapshot",
+    "takes_concatenation",
+    "transform",
+]

@@ -1,0 +1,239 @@
+"""fuse: a concatenation before a batch norm is read from where its parts lie, and nothing else changes."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import leannorm
+from leannorm.backends import cpu
+from leannorm.nn.concatenation import Concatenation
+from leannorm.train.models import import_torchvision
+
+import_torchvision()
+
+from torchvision.models.densenet import DenseNet  # noqa: E402 - after its missing operators are defined
+
+needs_kernels = pytest.mark.skipif(not cpu.available, reason="the extension was not built")
+SOURCE = "grid:1/4"
+
+
+class Block(nn.Module):
+    """Two convolutions of the input, joined as a test says, then batch norm."""
+
+    join = staticmethod(lambda self, one, other: self.bn(torch.cat([one, other], 1)))
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Conv2d(3, 4, 1, bias=False)
+        self.bn, self.act = nn.BatchNorm2d(12), nn.ReLU(inplace=True)
+        self.more = nn.BatchNorm2d(12)
+
+    def forward(self, x):
+        return type(self).join(self, self.one(x), self.other(x))
+
+
+def block(join) -> nn.Module:
+    torch.manual_seed(0)
+    return type("Block", (Block,), {"join": staticmethod(join), "__module__": __name__})()
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """Collect the shapes of the concatenations that are not written."""
+    found, right = [], Concatenation.compute
+
+    def compute(self, *args):
+        found.append(self.shape)
+        return right(self, *args)
+
+    monkeypatch.setattr(Concatenation, "compute", compute)
+    return found
+
+
+def images(*shape):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def fused(model, source=SOURCE, **options):
+    model = model.to(memory_format=torch.channels_last)
+    leannorm.convert(model, leannorm.parse_target(source))
+    reference = copy.deepcopy(model)
+    _, report = leannorm.fuse(model, **options)
+    return model, reference, report
+
+
+def train_step(model, x):
+    torch.manual_seed(3)
+    x = x.clone().requires_grad_()
+    y = model(x)
+    (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    return y, x.grad, gradients, dict(model.named_buffers())
+
+
+def assert_same_training(model, reference, x):
+    torch.testing.assert_close(train_step(model, x), train_step(reference, x), rtol=1e-4, atol=2e-5)
+    assert list(model.state_dict()) == list(reference.state_dict())
+
+
+def _function(self, one, other):
+    return self.act(self.bn(torch.concat((one, other), dim=1)))
+
+
+def _keyword(self, one, other):
+    return F.silu(self.bn(torch.concatenate(tensors=[other, one], dim=1)))
+
+
+def _position(self, one, other):
+    return self.bn(torch.cat([one, other], 1)) * 2
+
+
+def _three(self, one, other):
+    return F.relu(self.bn(torch.cat([one[:, :4].contiguous(memory_format=torch.channels_last), other, other], 1)))
+
+
+@needs_kernels
+@pytest.mark.parametrize("join", [_function, _position, _three])
+@pytest.mark.parametrize("convolution", [False, True], ids=["", "convolution"])
+def test_forms(joined, join, convolution):
+    x = images(4, 3, 10, 10)
+    model, reference, report = fused(block(join), example_inputs=x, convolution=convolution)
+    assert next(c.action for c in report.changes if c.module == "bn").startswith("concatenation + batch norm")
+    joined.clear()
+    assert_same_training(model, reference, x)
+    assert joined == [(4, 12, 10, 10)]
+    assert_same_training(model.eval(), reference.eval(), x)
+    assert len(joined) == 1
+
+
+def _used_twice(self, one, other):
+    both = torch.cat([one, other], 1)
+    return self.act(self.bn(both)) + both
+
+
+def _two_layers(self, one, other):
+    both = torch.cat([one, other], 1)
+    return self.bn(both) + self.more(both)
+
+
+def _changed_in_between(self, one, other):
+    y = self.bn(torch.cat([one, other], 1))
+    one.mul_(2)
+    return F.relu(y)
+
+
+@pytest.mark.parametrize("join", [_keyword, _used_twice, _two_layers, _changed_in_between])
+def test_forms_that_stay(joined, join):
+    x = images(4, 3, 10, 10)
+    model, reference, report = fused(block(join), example_inputs=x)
+    assert not any("concatenation" in change.action for change in report.changes)
+    assert_same_training(model, reference, x)
+    assert joined == []
+
+
+def test_along_another_dimension(joined):
+    class Rows(Block):
+        def __init__(self):
+            super().__init__()
+            self.other, self.bn = nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8)
+
+    Rows.join = staticmethod(lambda self, one, other: F.relu(self.bn(torch.cat([one, other], 2))))
+    x = images(4, 3, 10, 10)
+    model, reference, report = fused(Rows(), example_inputs=x)
+    assert next(c.action for c in report.changes if c.module == "bn") == "batch norm + relu"
+    assert_same_training(model, reference, x)
+    assert joined == []
+
+
+@needs_kernels
+def test_what_comes_later_computes_as_unfused(joined):
+    x = images(4, 3, 10, 10)
+    model, reference, _ = fused(block(_function))
+    for twin in (model, reference):
+        leannorm.convert(twin, leannorm.FullBatch())
+    assert_same_training(model, reference, x)
+    for twin in (model, reference):
+        leannorm.convert(twin, leannorm.parse_target("gn:2"))
+    assert_same_training(model, reference, x)
+    assert joined == []
+    for twin in (model, reference):
+        leannorm.convert(twin, leannorm.parse_target(SOURCE))
+    assert_same_training(model, reference, x)
+    assert len(joined) == 1
+    seen = []
+    for twin in (model, reference):
+        twin.bn.register_forward_hook(lambda m, given, y: seen.append(given[0].shape))
+    assert_same_training(model, reference, x)
+    assert seen == [(4, 12, 10, 10)] * 2
+    assert len(joined) == 1
+
+
+@needs_kernels
+def test_inputs_that_the_kernels_do_not_take(joined):
+    model, reference, _ = fused(block(_function))
+    x = torch.randn(4, 3, 10, 10, dtype=torch.float64)
+    model.double(), reference.double()
+    torch.testing.assert_close(model(x), reference(x))
+    contiguous = copy.deepcopy(model).float().to(memory_format=torch.contiguous_format)
+    contiguous(torch.randn(4, 3, 10, 10))
+    assert joined == []
+
+
+def densenet(*layers):
+    torch.manual_seed(0)
+    return DenseNet(growth_rate=8, block_config=layers or (3, 2), num_init_features=16, num_classes=5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("source", ["grid:1/8", "fs:1/4@step", "bs:1/2", "grid:1/4+vdn:1"])
+def test_densenet(joined, source):
+    x = images(4, 3, 64, 64)
+    model, reference, report = fused(densenet(), source)
+    actions = {change.module: change.action for change in report.changes}
+    assert actions["features.denseblock1.denselayer2.norm1"] == "concatenation + batch norm + relu"
+    assert actions["features.denseblock1.denselayer2.norm2"] == "batch norm + relu"
+    assert_same_training(model, reference, x)
+    assert len(joined) == 5
+    assert "concatenation" in str(leannorm.explain(model, x))
+
+
+@needs_kernels
+def test_densenet_of_timm(joined):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    made = timm.models.densenet.DenseNet(growth_rate=8, block_config=(3, 2), num_classes=5)
+    x = images(4, 3, 64, 64)
+    model, reference, report = fused(made)
+    assert sum(change.action == "concatenation + batch norm + relu" for change in report.changes) == 5
+    assert_same_training(model, reference, x)
+    assert len(joined) == 5
+
+
+@needs_kernels
+def test_a_dense_network_keeps_less_for_backward():
+    def saved(model):
+        found = {}
+
+        def pack(t):
+            found[t.data_ptr()] = t.nbytes
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = model(images(4, 3, 64, 64))
+        return sum(found.values()), y
+
+    model, reference, _ = fused(densenet(16))
+    (ours, _y), (theirs, _z) = saved(model), saved(reference)
+    assert ours < 0.75 * theirs
+
+
+@needs_kernels
+def test_tune_records_the_concatenation_for_compiled_calls(tmp_path):
+    model, _, _ = fused(densenet())
+    _, report = leannorm.tune(model, images(4, 3, 64, 64), plan=tmp_path / "plan.json")
+    assert any(change.action.startswith("concatenation") for change in report.changes)
