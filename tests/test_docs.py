@@ -12,7 +12,8 @@ import leannorm
 
 NAMES = [
     "activation",
-    "functional",
+    "functional.given",
+    "functional.sampled",
     "methods",
     "spelling",
     "nn.batchnorm",

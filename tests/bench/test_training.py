@@ -35,16 +35,19 @@ def test_sides_that_fold_convolutions_are_left_out_where_they_are_not_asked_for(
 
 
 def test_sides_in_processes_of_their_own(monkeypatch):
-    plan = dataclasses.replace(PLAN, statistics=("full",), repeats=1, apart=True)
+    plan = dataclasses.replace(PLAN, statistics=("full",), repeats=1, apart=True, starts=2)
     monkeypatch.setattr(training, "side", lambda *_: pytest.fail("made in this process"))
     kept, timings = training.measure("resnet18", plan)
     assert [timing.side for timing in timings] == ["torch", "full", "full + fuse", "ceiling"]
+    assert {len(timing.seconds) for timing in timings} == {2}
     assert [saved.side for saved in kept] == ["torch", "full", "full + fuse"]
 
 
 def test_processes_are_for_the_cpu():
     with pytest.raises(ValueError, match="leave apart out"):
         TrainingPlan(device="cuda", apart=True)
+    with pytest.raises(ValueError, match="starts must be at least 1, and 1 unless apart, got 2"):
+        TrainingPlan(apart=False, starts=2)
 
 
 def test_a_wrong_side_stops_everything(monkeypatch):

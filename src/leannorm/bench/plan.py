@@ -97,7 +97,8 @@ class TrainingPlan(Plan):
     ``gate_batch`` images. ``folded`` adds the sides that fold convolutions into sampled layers: all that can be, and
     those where `leannorm.tune` finds it faster. Each sample follows ``settle`` untimed steps of the same model, as a
     training's steps follow each other. ``apart`` gives each side a process of its own, as a training has; on a GPU,
-    where the device is what is timed, all are in one.
+    where the device is what is timed, all are in one. These are begun anew ``starts`` times, for ``repeats`` rounds
+    each: where a process has its tensors, and so what its steps take, is a matter of chance that stays for its life.
     """
 
     ON_CUDA: ClassVar = {
@@ -115,6 +116,7 @@ class TrainingPlan(Plan):
     folded: bool = True
     settle: int = 1
     apart: bool = True
+    starts: int = 1
     dtype: str = "fp32"
     models: tuple[str, ...] = ("resnet50", "densenet121", "efficientnet_b0", "mobilenet_v3_large", "regnet_y_400mf")
 
@@ -126,6 +128,8 @@ class TrainingPlan(Plan):
             raise ValueError(f"settle must be at least 0, got {self.settle}")
         if self.apart and torch.device(self.device).type != "cpu":
             raise ValueError(f"steps of one process are timed on {self.device!r}; leave apart out")
+        if self.starts < 1 or (self.starts > 1 and not self.apart):
+            raise ValueError(f"starts must be at least 1, and 1 unless apart, got {self.starts}")
 
 
 P = TypeVar("P", bound=Plan)
@@ -144,7 +148,7 @@ def planned(kind: type[P], device: str, **options: Any) -> P:
 
 def quickly(plan: P) -> P:
     """Shrink a plan to seconds, to see that it works."""
-    options: dict[str, Any] = {"apart": False} if isinstance(plan, TrainingPlan) else {}
+    options: dict[str, Any] = {"apart": False, "starts": 1} if isinstance(plan, TrainingPlan) else {}
     return dataclasses.replace(plan, quick=True, image_size=64, batch=4, repeats=3, **options)
 
 

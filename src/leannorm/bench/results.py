@@ -98,7 +98,8 @@ class TrainingCase:
 class TrainingBenchmark:
     """Everything `leannorm bench training` measured.
 
-    Each sample followed ``settle`` untimed steps of the same side; ``apart`` says that each side had its own process.
+    Each sample followed ``settle`` untimed steps of the same side; ``apart`` says that each side had its own process,
+    ``starts`` how often that was begun anew.
     """
 
     kind: str
@@ -110,6 +111,7 @@ class TrainingBenchmark:
     cases: tuple[TrainingCase, ...]
     settle: int = 0
     apart: bool = False
+    starts: int = 1
 
 
 KINDS = {"layers": LayerBenchmark, "training": TrainingBenchmark}

@@ -86,12 +86,13 @@ def _heading(benchmark: LayerBenchmark | TrainingBenchmark) -> list[str]:
             f"{size}, {benchmark.layout}, {benchmark.dtype}. Ceiling: batch norm and activations gone. Saved: bytes "
             "kept for backward, as a share of torch's. "
             f"Each sample follows {benchmark.settle} untimed steps of its side"
-            f"{', in a process of its own' if benchmark.apart else ''}."
+            f"{', in a process of its own' if benchmark.apart else ''}"
+            f"{f', begun anew {benchmark.starts} times' if benchmark.starts > 1 else ''}."
         )
     where = (
         f"{conditions.device} on {conditions.environment.machine}, {conditions.threads} threads, torch "
         f"{versions.get('torch', 'unknown')}, commit {conditions.environment.commit[:10]}, allocator {allocator}; "
-        f"medians of {conditions.repeats} interleaved rounds."
+        f"medians of {conditions.repeats * getattr(benchmark, 'starts', 1)} interleaved rounds."
     )
     quick = ["QUICK: tiny sizes, which prove nothing about speed."] if conditions.quick else []
     if red := gate.red(benchmark.cases):

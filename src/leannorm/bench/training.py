@@ -132,12 +132,21 @@ def side(name: str, model: nn.Module, images: Tensor, plan: TrainingPlan) -> nn.
 
 def measure(name: str, plan: TrainingPlan) -> tuple[tuple[SavedBytes, ...], tuple[Timing, ...]]:
     """Count what the sides of a model save for backward, then time their steps against each other."""
+    found = [_measure_once(name, plan, plan.seed + start) for start in range(plan.starts)]
+    saved, timings = found[0]
+    for _, more in found[1:]:
+        pairs = zip(timings, more, strict=True)
+        timings = tuple(dataclasses.replace(one, seconds=one.seconds + other.seconds) for one, other in pairs)
+    return saved, timings
+
+
+def _measure_once(name: str, plan: TrainingPlan, seed: int) -> tuple[tuple[SavedBytes, ...], tuple[Timing, ...]]:
     makers = {each: partial(prepare, name, each, plan) for each in [*sides(plan), CEILING]}
     with apart(makers) if plan.apart else nullcontext({each: make() for each, make in makers.items()}) as made:
         timed = timing.interleave(
             {each: step for each, (_, step) in made.items()},
             repeats=plan.repeats,
-            seed=plan.seed,
+            seed=seed,
             device=plan.device,
             shortest_sample=0.0 if plan.quick else timing.SHORTEST_SAMPLE,
             untimed=plan.settle,

@@ -95,6 +95,7 @@ def training(
         bool | None, typer.Option(help="Time + fuse convolution and + tune too; on cuda not if left out.")
     ] = None,
     apart: Annotated[bool | None, typer.Option(help="A process a side, as a training has; on cuda not.")] = None,
+    starts: Annotated[int, typer.Option(help="How often these processes are begun anew, with their rounds.")] = 1,
     seed: Seed = 0,
     device: Device = "cpu",
     threads: Threads = None,
@@ -118,6 +119,7 @@ def training(
             seed=seed,
             folded=folded,
             apart=apart,
+            starts=starts,
             models=listed(models),
             dtype=dtype,
         )
