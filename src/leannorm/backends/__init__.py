@@ -6,5 +6,16 @@ from leannorm.backends import aten, conv_batch_norm, cpu, triton
 from leannorm.backends.choice import serving, takes
 from leannorm.backends.cpu.concatenated import takes as takes_concatenation
 from leannorm.backends.cpu.extension import empty_cache
+from leannorm.backends.cpu.preactivated import takes as takes_preactivated
 
-__all__ = ["aten", "conv_batch_norm", "cpu", "empty_cache", "serving", "takes", "takes_concatenation", "triton"]
+__all__ = [
+    "aten",
+    "conv_batch_norm",
+    "cpu",
+    "empty_cache",
+    "serving",
+    "takes",
+    "takes_concatenation",
+    "takes_preactivated",
+    "triton",
+]

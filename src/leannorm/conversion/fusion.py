@@ -39,7 +39,9 @@ def fuse(
     With ``convolution`` the convolution or linear layer before a BN layer is computed in the same operator, so that its
     own output is neither written nor kept for backward. That needs sampled statistics: the few sampled outputs come
     first, and give the scale of the filters and the shift (`leannorm.functional.conv_batch_norm`). Where a call does
-    not fit (eval mode, frozen, statistics of all elements, hooks on the convolution) it computes as without.
+    not fit (eval mode, frozen, statistics of all elements, hooks on the convolution) it computes as without. A
+    pointwise convolution between two layers (a DenseNet's bottleneck) is computed with both of them, where
+    `leannorm.functional.preactivated_conv_batch_norm` can: nothing between them is written or kept.
 
     Args:
         model: any module.

@@ -151,7 +151,7 @@ class Plan:
         calls = [node for node in graph.nodes if node.op == "call_module"]
         calls = [node for node in reversed(calls) if self._is_callable(modules[str(node.target)])]
         calls.sort(key=lambda node: not isinstance(modules[str(node.target)], SampledBatchNorm))
-        matches, taken = [], set()
+        matches, taken, convolved = [], set(), set()
         for call in calls:
             layer, found = modules[str(call.target)], Match(call)
             if self._tail(layer) is not None:
@@ -163,12 +163,13 @@ class Plan:
                 before = convolution_before(found, modules)
                 if isinstance(before, fx.Node):
                     found, apart[layer] = dataclasses.replace(found, before=before), None
+                    convolved.add(before.args[0])
                 else:
                     apart.setdefault(layer, before)
             if is_free(layer) and (before := concatenation_before(found)) is not None:
                 found = dataclasses.replace(found, before=before)
                 joined.add(layer)
-            if found.steps or found.before is not None:
+            if found.steps or found.before is not None or (call in convolved and is_free(layer)):
                 matches.append(found)
                 taken.update(found.nodes)
         return matches

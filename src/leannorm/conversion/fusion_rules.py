@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from leannorm.activation import Activation, activation_of, as_activation
 from leannorm.nn import folding
-from leannorm.nn.fused import activation_step, chain, is_identity
+from leannorm.nn.fused import activation_step, chain, is_identity, preactivation
 
 _ADD, _ADD_INTO = {operator.add, torch.add, "add"}, {operator.iadd, "add_"}
 _PLAIN = {
@@ -152,7 +152,7 @@ def rewrite(graph: fx.Graph, matches: list[Match], tail: fx.Node | None, constan
 
     Args:
         graph: is changed.
-        matches: with steps, or with a node before the layer.
+        matches: with steps, with a node before the layer, or of a layer before a convolution.
         tail: the layer's call that gives the output, which is to take the steps after the block's own call; or None.
         constants: activations without a module; new ones are appended.
     """
@@ -179,6 +179,24 @@ def rewrite(graph: fx.Graph, matches: list[Match], tail: fx.Node | None, constan
         graph.erase_node(tail)
         if before is not None:
             graph.erase_node(before)
+    for node in graph.nodes:
+        if node.target is chain and len(node.args) == 4 and _is_preactivation(node.args[1], node):
+            node.args[1].target = preactivation
+
+
+def _is_preactivation(value: Any, user: fx.Node) -> bool:
+    """Whether a node is a layer with at most its activation, which may as well be computed with the node's user."""
+    if not isinstance(value, fx.Node) or value.target is not chain or len(value.args) != 3 or len(value.users) != 1:
+        return False
+    steps: Any = value.args[2]
+    if not isinstance(steps, tuple) or any(step.op != "get_attr" for step in steps):
+        return False
+    node = value.next
+    while node is not user:
+        if not set(value.all_input_nodes).isdisjoint(node.all_input_nodes) and not _only_reads(node):
+            return False
+        node = node.next
+    return True
 
 
 def _chain(graph: fx.Graph, call: fx.Node, steps: Any, before: fx.Node | None) -> fx.Node:

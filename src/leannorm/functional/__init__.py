@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from leannorm.functional.checks import one_element
 from leannorm.functional.given import normalize, normalize_by, scale_shift, transform
+from leannorm.functional.preactivated import BatchNorm, preactivated_conv_batch_norm, takes_preactivated
 from leannorm.functional.sampled import (
     batch_norm,
     concatenated_batch_norm,
-    concatenated_shape,
     conv_batch_norm,
     moments,
     snapshot,
@@ -15,16 +15,18 @@ from leannorm.functional.sampled import (
 )
 
 __all__ = [
+    "BatchNorm",
     "batch_norm",
     "concatenated_batch_norm",
-    "concatenated_shape",
     "conv_batch_norm",
     "moments",
     "normalize",
     "normalize_by",
     "one_element",
+    "preactivated_conv_batch_norm",
     "scale_shift",
     "snapshot",
     "takes_concatenation",
+    "takes_preactivated",
     "transform",
 ]

@@ -12,6 +12,7 @@ from leannorm.activation import Activation
 from leannorm.functional.checks import check, check_regions, draw_places, kind_of
 from leannorm.ops import autograd, concatenated, definition, eager
 from leannorm.ops import conv_batch_norm as folded
+from leannorm.ops.concatenated import concatenated_shape
 from leannorm.statistics import FullBatch, Regions, Statistics
 
 
@@ -131,12 +132,6 @@ def takes_concatenation(inputs: Sequence[Tensor]) -> bool:
     if not inputs or eager.kernel("concatenated_batch_norm", inputs[0]) is None:
         return False
     return backends.takes_concatenation(inputs)
-
-
-def concatenated_shape(inputs: Sequence[Tensor]) -> tuple[int, ...]:
-    """Give the shape of a concatenation along channels."""
-    samples, _, *sizes = inputs[0].shape
-    return samples, sum(x.shape[1] for x in inputs), *sizes
 
 
 def conv_batch_norm(

@@ -16,6 +16,7 @@ from leannorm.methods import Method
 from leannorm.nn import calls
 from leannorm.nn.concatenation import Concatenation
 from leannorm.nn.folding import Fold
+from leannorm.nn.preactivation import PreactivatedFold
 from leannorm.nn.recompute import in_backward, recomputing
 from leannorm.nn.tracing import Unscriptable, is_traced, record
 from leannorm.nn.virtual import VirtualMark
@@ -129,7 +130,7 @@ class SampledBatchNorm(Unscriptable, _BatchNorm):
         input: Tensor,
         residual: Tensor | None = None,
         activation: str | Activation | None = None,
-        folded: Fold | Concatenation | None = None,
+        folded: Fold | Concatenation | PreactivatedFold | None = None,
     ) -> Tensor:
         """Normalize ``input``, add ``residual`` (same shape and dtype), and activate.
 

@@ -41,6 +41,11 @@ def recorded() -> Iterator[list[Call]]:
         _recording = before
 
 
+def are_recorded() -> bool:
+    """Whether calls are collected."""
+    return _recording is not None
+
+
 def record(
     folded: Fold | None,
     layer: SampledBatchNorm,

@@ -11,6 +11,7 @@ from torch import Tensor
 from leannorm import functional
 from leannorm.activation import Activation
 from leannorm.nn import calls
+from leannorm.ops.concatenated import concatenated_shape
 from leannorm.statistics import Regions, Statistics
 
 if TYPE_CHECKING:
@@ -45,6 +46,6 @@ def concatenation(layer: SampledBatchNorm, parts: Sequence[Tensor]) -> Concatena
     """Give what a layer's call on the concatenation of these computes, or None where that is to be written."""
     if not (layer.training and isinstance(layer.target, Statistics) and functional.takes_concatenation(parts)):
         return None
-    shape = functional.concatenated_shape(parts)
+    shape = concatenated_shape(parts)
     regions = layer.statistics.regions(shape, layer.place, by_rows=False)
     return Concatenation(parts, shape, parts[0].dtype, regions) if regions.boxes and regions.inverse_count < 1 else None

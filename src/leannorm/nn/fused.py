@@ -12,6 +12,7 @@ import linecache
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, TypeGuard
 
 import torch
@@ -22,6 +23,7 @@ from leannorm.nn import folding
 from leannorm.nn.batchnorm import SampledBatchNorm
 from leannorm.nn.concatenation import Concatenation, concatenation
 from leannorm.nn.folding import is_observed
+from leannorm.nn.preactivation import PreactivatedFold, Preactivation, preactivated
 from leannorm.nn.tracing import is_traced
 from leannorm.ops.definition import activate
 
@@ -30,7 +32,7 @@ Step = Tensor | Activation | nn.Module  # a tensor is added
 
 def chain(
     layer: nn.Module,
-    input: Tensor | list[Tensor] | tuple[Tensor, ...],
+    input: Tensor | list[Tensor] | tuple[Tensor, ...] | Preactivation,
     steps: tuple[Step, ...] = (),
     convolution: nn.Module | None = None,
 ) -> Tensor:
@@ -39,8 +41,14 @@ def chain(
     It can be where the layer is leannorm's (or a fused module that ends in one), a residual of the input's shape and
     dtype comes first, an activation last, and no hook wants to see what lies between. Several tensors, a list or a
     tuple, are concatenated along channels first, and a ``convolution`` comes before the layer; in the same operator
-    where `leannorm.nn.concatenation` and `leannorm.nn.folding` can.
+    where `leannorm.nn.concatenation` and `leannorm.nn.folding` can; with the layer before the convolution, which is the
+    ``input`` then, where `leannorm.nn.preactivation` can.
     """
+    if isinstance(input, Preactivation):
+        both = preactivated(input, convolution, layer) if convolution is not None and is_free(layer) else None
+        if both is None:
+            return chain(layer, input.computed(), steps, convolution)
+        return _with_what_is_before(layer, input.inputs[0], both, steps)
     if isinstance(input, list | tuple):
         joined = concatenation(layer, input) if is_free(layer) else None
         if joined is None:
@@ -60,8 +68,20 @@ def chain(
     return _follow(layer(input), steps)
 
 
+def preactivation(
+    layer: nn.Module, input: Tensor | list[Tensor] | tuple[Tensor, ...], steps: tuple[Step, ...] = ()
+) -> Tensor | Preactivation:
+    """Do as `chain`, or leave it to the call of the layer behind a convolution, which takes what this gives."""
+    inputs = input if isinstance(input, list | tuple) else (input,)
+    if is_free(layer) and inputs:
+        operands = _operands(steps, (), inputs[0].dtype, inputs[0])
+        if operands is not None and (takes_steps(layer) or operands == (None, None)):
+            return Preactivation(layer, inputs, layer.activation or operands[1], partial(chain, layer, input, steps))
+    return chain(layer, input, steps)
+
+
 def _with_what_is_before(
-    layer: nn.Module, input: Tensor, before: folding.Fold | Concatenation, steps: tuple[Step, ...]
+    layer: nn.Module, input: Tensor, before: folding.Fold | Concatenation | PreactivatedFold, steps: tuple[Step, ...]
 ) -> Tensor:
     operands = _operands(steps, before.shape, before.dtype, input) if takes_steps(layer) else None
     if operands is not None:

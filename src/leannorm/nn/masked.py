@@ -13,6 +13,7 @@ from leannorm.nn.concatenation import Concatenation
 from leannorm.nn.entry import Entry
 from leannorm.nn.folding import Fold
 from leannorm.nn.method import MomentsNorm
+from leannorm.nn.preactivation import PreactivatedFold
 from leannorm.nn.tracing import is_traced, record
 from leannorm.ops.contract import accumulation_dtype
 from leannorm.ops.definition import per_channel
@@ -79,7 +80,7 @@ class MaskedBatchNorm(MomentsNorm):
         input: Tensor,
         residual: Tensor | None = None,
         activation: Any = None,
-        folded: Fold | Concatenation | None = None,
+        folded: Fold | Concatenation | PreactivatedFold | None = None,
         *,
         lengths: Any = None,
     ) -> Tensor:

@@ -13,6 +13,12 @@ from torch import Tensor
 from leannorm.ops import definition, eager
 
 
+def concatenated_shape(inputs: Sequence[Tensor]) -> tuple[int, ...]:
+    """Give the shape of a concatenation along channels."""
+    samples, _, *sizes = inputs[0].shape
+    return samples, sum(x.shape[1] for x in inputs), *sizes
+
+
 class _ConcatenatedBatchNorm(torch.autograd.Function):
     """Backward keeps the parts, as they are, in place of their concatenation."""
 

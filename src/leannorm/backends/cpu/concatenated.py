@@ -16,6 +16,7 @@ from leannorm.backends.cpu import extension
 from leannorm.backends.cpu.extension import DTYPES, activation_code, addresses, empty_like, empty_strided, per_channel
 from leannorm.backends.memory import CHANNELS_LAST, PLAIN
 from leannorm.ops import eager
+from leannorm.ops.concatenated import concatenated_shape
 
 
 def takes(parts: Sequence[Tensor]) -> bool:
@@ -39,33 +40,31 @@ def takes(parts: Sequence[Tensor]) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _plan(shape: Sequence[int], boxes: Sequence[int], weights: Sequence[float], drawn: bool) -> Any:
+def plan(shape: Sequence[int], boxes: Sequence[int], weights: Sequence[float], drawn: bool) -> Any:
+    """Give what the kernels know of calls of this shape."""
     return extension.kernels.Plan(True, shape[1], [shape[0], *shape[2:]], list(boxes), list(weights), drawn)
 
 
-def _channels(parts: Sequence[Tensor]) -> list[int]:
+def channels_of(parts: Sequence[Tensor]) -> list[int]:
+    """Give how many channels each part has."""
     return [part.shape[1] for part in parts]
 
 
-def _shape(parts: Sequence[Tensor]) -> tuple[int, ...]:
-    samples, _, *sizes = parts[0].shape
-    return samples, sum(_channels(parts)), *sizes
-
-
-def _like(shape: Sequence[int], part: Tensor) -> Tensor:
+def empty(shape: Sequence[int], part: Tensor) -> Tensor:
+    """Give an empty tensor of this shape, like a part in all else."""
     strides = torch.empty(shape, device="meta", memory_format=CHANNELS_LAST[part.ndim]).stride()
     return empty_strided(shape, strides, part.dtype)
 
 
 def batch_norm(parts, weight, bias, draw, boxes, weights, eps, activation, parameters):
     """Compute y, mean and variance of the parts, which `takes` takes, with statistics of some elements."""
-    shape = _shape(parts)
-    y, mean, var = _like(shape, parts[0]), torch.empty(shape[1]), torch.empty(shape[1])
-    plan = _plan(shape, tuple(boxes), tuple(weights), draw is not None)
+    shape = concatenated_shape(parts)
+    y, mean, var = empty(shape, parts[0]), torch.empty(shape[1]), torch.empty(shape[1])
+    kernels = plan(shape, tuple(boxes), tuple(weights), draw is not None)
     constants = per_channel(weight), per_channel(bias)
     places = addresses(y, *constants, mean, var, draw)
     act = activation_code(activation, tuple(parameters))
-    plan.concatenated(DTYPES[y.dtype], addresses(*parts), _channels(parts), *places, eps, *act)
+    kernels.concatenated(DTYPES[y.dtype], addresses(*parts), channels_of(parts), *places, eps, *act)
     return y, mean, var
 
 
@@ -75,16 +74,16 @@ def batch_norm_backward(dy, parts, mean, var, weight, bias, draw, boxes, weights
     """
     if not takes(parts):
         return None
-    shape, dtype = _shape(parts), parts[0].dtype
+    shape, dtype = concatenated_shape(parts), parts[0].dtype
     dy = dy.to(dtype).contiguous(memory_format=CHANNELS_LAST[dy.ndim])
     dxs = [empty_like(part, part.stride()) if wants else None for part, wants in zip(parts, wanted, strict=True)]
     sum_g_xhat, sum_g = torch.empty_like(mean), torch.empty_like(mean)
-    plan = _plan(shape, tuple(boxes), tuple(weights), draw is not None)
+    kernels = plan(shape, tuple(boxes), tuple(weights), draw is not None)
     constants = per_channel(weight), per_channel(bias)
     places = addresses(*constants, mean, var, sum_g_xhat, sum_g, draw)
     act = activation_code(activation, tuple(parameters))
-    parts_at = addresses(*parts), addresses(*dxs), _channels(parts)
-    plan.concatenated_backward(DTYPES[dtype], dy.data_ptr(), *parts_at, *places, eps, *act)
+    parts_at = addresses(*parts), addresses(*dxs), channels_of(parts)
+    kernels.concatenated_backward(DTYPES[dtype], dy.data_ptr(), *parts_at, *places, eps, *act)
     return dxs, sum_g_xhat, sum_g
 
 

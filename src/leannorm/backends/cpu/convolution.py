@@ -52,9 +52,15 @@ def plan(
     kernel, places, rest = weight.shape[2:], tuple(stride), (tuple(boxes), tuple(weights), draw is not None)
     if 1 < groups == x.shape[1] == weight.shape[0] and kernel.numel() <= _MOST_TAPS:
         return _depthwise(x.shape, kernel, places, tuple(padding), tuple(dilation), *rest)
-    if groups == kernel.numel() == 1 and not any(padding) and x.dtype is torch.float32:
-        return _pointwise(x.shape, len(weight), places, *rest) if weight.numel() <= _MOST_WEIGHTS else None
+    if groups == 1 and not any(padding) and x.dtype is torch.float32 and takes_pointwise(weight):
+        return pointwise_plan(x.shape, len(weight), places, *rest)
     return None
+
+
+def takes_pointwise(weight: Tensor) -> bool:
+    """Whether the kernels take filters of one element."""
+    plain = type(weight) in PLAIN and weight.is_cpu and weight.dtype in DTYPES and weight.ndim == 4
+    return plain and weight.shape[2:].numel() == 1 and weight.numel() <= _MOST_WEIGHTS
 
 
 @lru_cache(maxsize=1024)
@@ -64,7 +70,8 @@ def _depthwise(shape, kernel, stride, padding, dilation, boxes, weights, drawn):
 
 
 @lru_cache(maxsize=1024)
-def _pointwise(shape, outputs, stride, boxes, weights, drawn):
+def pointwise_plan(shape, outputs, stride, boxes, weights, drawn):
+    """Give what the kernels know of pointwise convolutions of inputs of this shape."""
     sizes = list(shape[2:]), list(stride)
     return extension.kernels.PointwisePlan(shape[0], shape[1], outputs, *sizes, list(boxes), list(weights), drawn)
 

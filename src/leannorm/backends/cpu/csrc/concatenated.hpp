@@ -1,20 +1,10 @@
-// Batch normalization of a concatenation along channels, in channels-last memory, that is never written: blocks of its
-// rows are put together in the caches. Statistics are sampled ones.
+// Batch normalization of a concatenation along channels that is never written, with sampled statistics.
 #pragma once
 
-#include <cstdint>
-#include <vector>
-
 #include "driver.hpp"
+#include "parts.hpp"
 
 namespace leannorm {
-
-struct Part {
-  const char* x;
-  char* dx;  // null where no gradient is wanted
-  int64_t channels;
-};
-using Parts = std::vector<Part>;
 
 // x and dx of the tensors are not looked at; those of the parts are.
 

@@ -2,10 +2,12 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -16,6 +18,7 @@
 #include "kernels.hpp"
 #include "pointwise.hpp"
 #include "pool.hpp"
+#include "preactivated.hpp"
 #include "running.hpp"
 
 namespace nb = nanobind;
@@ -162,6 +165,48 @@ void convolution_backward(const Plan& plan, int dtype, Address dy, Address x, Ad
             pointer<float>(dweight), pointer<float>(sum_g_xhat), pointer<float>(sum_g));
 }
 
+// Of a batch norm: weight, bias, mean, variance, draw, eps, and the activation's kind and numbers.
+using Point = std::tuple<Address, Address, Address, Address, Address, double, int, float, float>;
+
+Tensors of_point(const Point& point) {
+  return of_kind(static_cast<int>(Dtype::float32), std::get<6>(point), std::get<7>(point), std::get<8>(point));
+}
+
+Call call_of(const Point& point) {
+  const auto& [weight, bias, mean, var, draw, eps, kind, first, second] = point;
+  return {of_point(point), pointer<int64_t>(draw), pointer<float>(weight), pointer<float>(bias), eps};
+}
+
+ConvolutionCall convolution_call(const Tensors& tensors, Address weight, const Point& point) {
+  const auto& [gamma, beta, mean, var, draw, eps, kind, first, second] = point;
+  return {tensors, pointer<int64_t>(draw), pointer<float>(weight), pointer<float>(gamma), pointer<float>(beta), eps};
+}
+
+Moments moments_of(const Point& point) { return {pointer<float>(std::get<2>(point)), pointer<float>(std::get<3>(point))}; }
+
+void preactivated(const PointwisePlan& plan, const Plan& first_plan, const std::vector<Address>& xs,
+                  const std::vector<int64_t>& channels, const Point& first, Address y, Address z, Address sample,
+                  Address weight, const Point& second) {
+  Tensors tensors = of_point(second);
+  tensors.out = pointer<void>(y);
+  tensors.dresidual = pointer<void>(z);
+  preactivated_forward(*chosen.kernels, first_plan, plan, call_of(first), convolution_call(tensors, weight, second),
+                       parts_of(xs, {}, channels), moments_of(first), moments_of(second), pointer<void>(sample));
+}
+
+void preactivated_back(const PointwisePlan& plan, const Plan& first_plan, Address dy, const std::vector<Address>& xs,
+                       const std::vector<Address>& dxs, const std::vector<int64_t>& channels, const Point& first,
+                       Address at, Address sample, Address weight, const Point& second, Address first_sum_g_xhat,
+                       Address first_sum_g, Address dweight, Address sum_g_xhat, Address sum_g) {
+  Tensors tensors = of_point(second);
+  tensors.dy = pointer<void>(dy);
+  tensors.y = pointer<void>(at);
+  preactivated_backward(*chosen.kernels, first_plan, plan, call_of(first), convolution_call(tensors, weight, second),
+                        parts_of(xs, dxs, channels), moments_of(first), moments_of(second), pointer<void>(sample),
+                        {pointer<float>(first_sum_g_xhat), pointer<float>(first_sum_g), pointer<float>(dweight),
+                         pointer<float>(sum_g_xhat), pointer<float>(sum_g)});
+}
+
 }  // namespace
 }  // namespace leannorm
 
@@ -192,7 +237,9 @@ NB_MODULE(_kernels, m) {
       .def(nb::init<int64_t, int64_t, int64_t, Pair, Pair, std::vector<int64_t>, std::vector<double>, bool>(),
            "samples"_a, "inputs"_a, "outputs"_a, "sizes"_a, "stride"_a, "boxes"_a, "shares"_a, "drawn"_a)
       .def("forward", &leannorm::convolution_forward<PointwisePlan, leannorm::pointwise_forward>, unlocked)
-      .def("backward", &leannorm::convolution_backward<PointwisePlan, leannorm::pointwise_backward>, unlocked);
+      .def("backward", &leannorm::convolution_backward<PointwisePlan, leannorm::pointwise_backward>, unlocked)
+      .def("preactivated", &leannorm::preactivated, unlocked)
+      .def("preactivated_backward", &leannorm::preactivated_back, unlocked);
   m.def(
       "kept_tensor",
       [](int dtype, std::vector<int64_t> shape, std::vector<int64_t> strides) {

@@ -23,6 +23,45 @@ std::vector<int64_t> inputs_of(const PointwisePlan& plan, std::vector<int64_t> p
   return positions;
 }
 
+class TensorOfInputs final : public PointwiseInputs {
+ public:
+  TensorOfInputs(const Kernels& kernels, const PointwisePlan& plan, const Tensors& t)
+      : kernels_(kernels), plan_(plan), t_(t) {}
+
+  bool has_gradient() const override { return t_.out != nullptr; }
+
+  void means(const SampledOutputs& sampled, float* centre) const override {
+    const std::vector<int64_t> rows = inputs_of(plan_, sampled.by_region);
+    over_channels(plan_.inputs, static_cast<int64_t>(rows.size()) * plan_.inputs, [&](Range channels) {
+      const auto moments = sampled_moments(kernels_, t_.dtype, t_.x, plan_.inputs, rows.data(), sampled, channels);
+      std::copy(moments.means.begin(), moments.means.end(), centre + channels.begin);
+    });
+  }
+
+  void forward(const Tensors& t, const float* filters, const Channels& channels, const RowPairs& pairs,
+               Range rows) const override {
+    kernels_.pointwise_forward(t, p_, filters, channels, pairs, rows.begin, rows.end, scratch());
+  }
+
+  void backward(const Tensors& t, const float* filters, const float* centre, Range rows, int, double* sum_g,
+                float* dweight) override {
+    kernels_.pointwise_backward(t, p_, filters, centre, rows.begin, rows.end, sum_g, dweight, scratch());
+  }
+
+  void correct(const Tensors& t, const float* filters, const float* centre, const Channels& channels,
+               const SampledRows& places, Range rows, int, float* dweight) override {
+    kernels_.pointwise_correct(t, p_, filters, centre, channels, places, rows.begin, rows.end, dweight, scratch());
+  }
+
+ private:
+  float* scratch() const { return scratch_of<float, Of::thread>(pointwise_scratch(p_)); }
+
+  const Kernels& kernels_;
+  const PointwisePlan& plan_;
+  const Tensors& t_;
+  const Pointwise p_ = plan_.view();
+};
+
 }  // namespace
 
 PointwisePlan::PointwisePlan(int64_t samples, int64_t inputs, int64_t outputs, std::array<int64_t, 2> sizes,
@@ -58,20 +97,18 @@ PointwisePlan::Rest PointwisePlan::rest(const SampledOutputs& sampled) const {
 
 Pointwise PointwisePlan::view() const { return {inputs, outputs, places.empty() ? nullptr : places.data()}; }
 
-void pointwise_forward(const Kernels& kernels, const PointwisePlan& plan, const ConvolutionCall& call, void* sample,
-                       float* mean, float* var) {
+void pointwise_forward_of(const Kernels& kernels, const PointwisePlan& plan, const ConvolutionCall& call,
+                          const PointwiseInputs& inputs, void* sample, float* mean, float* var) {
   const Pointwise p = plan.view();
   std::optional<SampledOutputs> drawn;
   const SampledOutputs& sampled = plan.regions.at(call.draw, drawn);
-  const std::vector<int64_t> inputs = inputs_of(plan, sampled.by_region);
-  const auto count = static_cast<int64_t>(inputs.size());
+  const std::vector<int64_t> rows = inputs_of(plan, sampled.by_region);
+  const auto count = static_cast<int64_t>(rows.size());
   float* const filters = scratch_of<float, Of::call>(pointwise_packed(p));
   pack(kernels, p, call.weight, nullptr, true, filters);
-  const auto compute = [&](const Tensors& t, const RowPairs& pairs, const Channels& channels, int64_t rows) {
-    over_shares(rows, threads_for(rows * p.inputs * p.outputs), [&](Range range) {
-      float* const scratch = scratch_of<float, Of::thread>(pointwise_scratch(p));
-      kernels.pointwise_forward(t, p, filters, channels, pairs, range.begin, range.end, scratch);
-    });
+  const auto compute = [&](const Tensors& t, const RowPairs& pairs, const Channels& channels, int64_t n) {
+    over_shares(n, threads_for(n * p.inputs * p.outputs),
+                [&](Range range) { inputs.forward(t, filters, channels, pairs, range); });
   };
 
   ChannelBuffers values({1, p.outputs, 1, 1, 1});
@@ -79,7 +116,7 @@ void pointwise_forward(const Kernels& kernels, const PointwisePlan& plan, const 
   Tensors plain{.dtype = call.tensors.dtype, .activation = {Kind::identity, 0, 0}};
   plain.x = call.tensors.x;
   plain.out = sample;
-  compute(plain, {inputs.data(), nullptr, false}, values.view(), count);
+  compute(plain, {rows.data(), nullptr, false}, values.view(), count);
   const Scale scale{call, var};
   over_channels(p.outputs, count * p.outputs, [&](Range channels) {
     const auto moments = sampled_moments(kernels, plain.dtype, sample, p.outputs, nullptr, sampled, channels);
@@ -104,13 +141,12 @@ void pointwise_forward(const Kernels& kernels, const PointwisePlan& plan, const 
           static_cast<int64_t>(rest.outputs.size()));
 }
 
-void pointwise_backward(const Kernels& kernels, const PointwisePlan& plan, const ConvolutionCall& call,
-                        const void* sample, const float* mean, const float* var, float* dweight, float* sum_g_xhat,
-                        float* sum_g) {
+void pointwise_backward_of(const Kernels& kernels, const PointwisePlan& plan, const ConvolutionCall& call,
+                           PointwiseInputs& inputs, const void* sample, const float* mean, const float* var,
+                           float* dweight, float* sum_g_xhat, float* sum_g) {
   const Pointwise p = plan.view();
   std::optional<SampledOutputs> drawn;
   const SampledOutputs& sampled = plan.regions.at(call.draw, drawn);
-  const std::vector<int64_t> rows = inputs_of(plan, sampled.by_region);
   const SampledRows places = sampled.view(sample);
   const int threads = threads_for(plan.rows * p.inputs * p.outputs);
   const Scale scale{call, var};
@@ -122,16 +158,12 @@ void pointwise_backward(const Kernels& kernels, const PointwisePlan& plan, const
     values.scale[c] = static_cast<float>(scale.rstd(c));
     factors[c] = static_cast<float>(scale(c));
   }
-  over_channels(p.inputs, places.count * p.inputs, [&](Range channels) {
-    const auto moments =
-        sampled_moments(kernels, t.dtype, call.tensors.x, p.inputs, rows.data(), sampled, channels);
-    std::copy(moments.means.begin(), moments.means.end(), centre.begin() + channels.begin);
-  });
+  inputs.means(sampled, centre.data());
 
   float* const filters = scratch_of<float, Of::call>(pointwise_packed(p) + threads * pointwise_part(p));
   float* const parts = filters + pointwise_packed(p);
+  if (inputs.has_gradient()) pack(kernels, p, call.weight, factors.data(), false, filters);
   if (t.out) {
-    pack(kernels, p, call.weight, factors.data(), false, filters);
     t.stream = streams(t, plan.input_rows, p.inputs);
     if (!plan.places.empty())  // inputs that no output sees
       over_shares(plan.input_rows * p.inputs, threads, [&](Range range) {
@@ -139,16 +171,11 @@ void pointwise_backward(const Kernels& kernels, const PointwisePlan& plan, const
       });
   }
   std::vector<double> sums(threads * p.outputs), products(p.outputs);
-  const auto each_part = [&](int64_t n, auto body) {
-    parallel(threads, [&](int thread) {
-      body(share_of(n, thread, threads), thread, &parts[thread * pointwise_part(p)],
-           scratch_of<float, Of::thread>(pointwise_scratch(p)));
-    });
-  };
-  each_part(plan.rows, [&](Range range, int thread, float* part, float* scratch) {
+  parallel(threads, [&](int thread) {
+    float* const part = &parts[thread * pointwise_part(p)];
     std::fill_n(part, pointwise_part(p), 0.0f);
-    kernels.pointwise_backward(t, p, filters, centre.data(), range.begin, range.end, &sums[thread * p.outputs], part,
-                               scratch);
+    inputs.backward(t, filters, centre.data(), share_of(plan.rows, thread, threads), thread, &sums[thread * p.outputs],
+                    part);
   });
   const double share = 1 / sampled.count;
   over_channels(p.outputs, threads * p.inputs * p.outputs, [&](Range range) {
@@ -163,13 +190,25 @@ void pointwise_backward(const Kernels& kernels, const PointwisePlan& plan, const
       values.slope[c] = static_cast<float>(share * dgamma);
     }
   });
-  each_part(places.count, [&](Range range, int, float* part, float* scratch) {
-    kernels.pointwise_correct(t, p, filters, centre.data(), values.view(), places, range.begin, range.end, part,
-                              scratch);
+  parallel(threads, [&](int thread) {
+    inputs.correct(t, filters, centre.data(), values.view(), places, share_of(places.count, thread, threads), thread,
+                   &parts[thread * pointwise_part(p)]);
   });
   over_channels(p.outputs, threads * p.inputs * p.outputs, [&](Range range) {
     kernels.pointwise_filters(p, parts, threads, factors.data(), range.begin, range.end, dweight);
   });
+}
+
+void pointwise_forward(const Kernels& kernels, const PointwisePlan& plan, const ConvolutionCall& call, void* sample,
+                       float* mean, float* var) {
+  pointwise_forward_of(kernels, plan, call, TensorOfInputs(kernels, plan, call.tensors), sample, mean, var);
+}
+
+void pointwise_backward(const Kernels& kernels, const PointwisePlan& plan, const ConvolutionCall& call,
+                        const void* sample, const float* mean, const float* var, float* dweight, float* sum_g_xhat,
+                        float* sum_g) {
+  TensorOfInputs inputs(kernels, plan, call.tensors);
+  pointwise_backward_of(kernels, plan, call, inputs, sample, mean, var, dweight, sum_g_xhat, sum_g);
 }
 
 }  // namespace leannorm

@@ -37,11 +37,37 @@ struct PointwisePlan {
   std::optional<Rest> fixed_;
 };
 
+// What the convolution reads, and what becomes of that one's gradient. Rows are numbers of the output's, or of a list.
+class PointwiseInputs {
+ public:
+  virtual ~PointwiseInputs() = default;
+  // Whether there is a gradient to be computed.
+  virtual bool has_gradient() const = 0;
+  // The channels' means over the sample.
+  virtual void means(const SampledOutputs&, float* centre) const = 0;
+
+  // As the kernels of these names do; backward and correct get the number of the thread.
+  virtual void forward(const Tensors&, const float* filters, const Channels&, const RowPairs&, Range rows) const = 0;
+  virtual void backward(const Tensors&, const float* filters, const float* centre, Range rows, int thread,
+                        double* sum_g, float* dweight) = 0;
+  virtual void correct(const Tensors&, const float* filters, const float* centre, const Channels&, const SampledRows&,
+                       Range rows, int thread, float* dweight) = 0;
+};
+
 // Writes tensors.out, tensors.dresidual as z where it is not null, and the rest.
+void pointwise_forward_of(const Kernels&, const PointwisePlan&, const ConvolutionCall&, const PointwiseInputs&,
+                          void* sample, float* mean, float* var);
+
+// Writes tensors.dresidual where it is not null, and the rest; dweight as (outputs, inputs).
+void pointwise_backward_of(const Kernels&, const PointwisePlan&, const ConvolutionCall&, PointwiseInputs&,
+                           const void* sample, const float* mean, const float* var, float* dweight, float* sum_g_xhat,
+                           float* sum_g);
+
+// The same of inputs that are the tensor x, whose gradient is written to tensors.out where it is not null.
+
 void pointwise_forward(const Kernels&, const PointwisePlan&, const ConvolutionCall&, void* sample, float* mean,
                        float* var);
 
-// Writes tensors.out and tensors.dresidual where they are not null, and the rest; dweight as (outputs, inputs).
 void pointwise_backward(const Kernels&, const PointwisePlan&, const ConvolutionCall&, const void* sample,
                         const float* mean, const float* var, float* dweight, float* sum_g_xhat, float* sum_g);
 
