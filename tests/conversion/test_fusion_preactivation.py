@@ -220,6 +220,18 @@ def test_autocast_computes_apart(computed):
     torch.testing.assert_close(y, expected, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.parametrize("join", [None, lambda self, x: self.bn2(self.conv1(F.relu(self.bn1(torch.cat([x, x], 1)))))])
+def test_compiled_without_a_graph_break(computed, join):
+    model = bottleneck(join)
+    if join is not None:
+        model.bn1, model.conv1 = nn.BatchNorm2d(24), nn.Conv2d(24, 12, 1, bias=False)
+    model, reference, _ = fused(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(X), reference(X), rtol=1e-4, atol=1e-5)
+    assert computed == []
+
+
 def densenet(*layers):
     torch.manual_seed(0)
     return DenseNet(growth_rate=8, block_config=layers or (3, 2), num_init_features=16, num_classes=5)

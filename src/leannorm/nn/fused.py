@@ -73,7 +73,7 @@ def preactivation(
 ) -> Tensor | Preactivation:
     """Do as `chain`, or leave it to the call of the layer behind a convolution, which takes what this gives."""
     inputs = input if isinstance(input, list | tuple) else (input,)
-    if is_free(layer) and inputs:
+    if is_free(layer) and inputs and not torch.compiler.is_compiling():
         operands = _operands(steps, (), inputs[0].dtype, inputs[0])
         if operands is not None and (takes_steps(layer) or operands == (None, None)):
             return Preactivation(layer, inputs, layer.activation or operands[1], partial(chain, layer, input, steps))
