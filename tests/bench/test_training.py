@@ -43,6 +43,14 @@ def test_sides_in_processes_of_their_own(monkeypatch):
     assert [saved.side for saved in kept] == ["torch", "full", "full + fuse"]
 
 
+def test_a_result_says_how_its_processes_were_begun(monkeypatch):
+    plan = dataclasses.replace(PLAN, apart=True, starts=3)
+    monkeypatch.setattr(training, "isolated", lambda *_: ())
+    monkeypatch.setattr(training, "measure", lambda *_: ((), ()))
+    *_, benchmark = training.run(plan, conditions(plan))
+    assert (benchmark.apart, benchmark.starts, benchmark.settle) == (True, 3, plan.settle)
+
+
 def test_processes_are_for_the_cpu():
     with pytest.raises(ValueError, match="leave apart out"):
         TrainingPlan(device="cuda", apart=True)

@@ -65,6 +65,7 @@ def run(plan: TrainingPlan, conditions: Conditions, *, progress: bool = False) -
         dtype=plan.dtype,
         settle=plan.settle,
         apart=plan.apart,
+        starts=plan.starts,
         cases=tuple(cases),
     )
     yield benchmark
