@@ -199,7 +199,15 @@ def test_densenet(joined, source):
     assert actions["features.denseblock1.denselayer2.norm2"] == "batch norm + relu"
     assert_same_training(model, reference, x)
     assert len(joined) == 5
-    assert "concatenation" in str(leannorm.explain(model, x))
+    explained = {layer.module: layer for layer in leannorm.explain(model, x).layers}
+    for name, action in actions.items():
+        assert (explained[name].operator, "does not fit" in str(explained[name])) == (action, False)
+    contiguous = leannorm.explain(model.to(memory_format=torch.contiguous_format), x.contiguous()).layers
+    assert any(
+        "computes concatenation + batch norm + relu in one operator, which this" in str(one) for one in contiguous
+    )
+    alone = leannorm.explain(model.eval(), x).layers
+    assert not any("concatenation" in layer.operator for layer in alone)
 
 
 @needs_kernels

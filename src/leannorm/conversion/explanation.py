@@ -29,6 +29,7 @@ from leannorm.statistics import Statistics, WeightedSum, sampled_dimensions
 
 _NORMALIZATION = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _PYTORCH, _CONVOLUTIONS = "PyTorch", "PyTorch's convolutions"
+_CONCATENATION = "concatenation + "
 _ALONE = "with given statistics and nothing after it, batch norm is one pass of PyTorch's own operator, too"
 _EVAL = "it is in eval mode: leannorm.fold leaves no normalization in a model that is shipped"
 _DECOMPOSED = "under torch.compile by PyTorch's operators, fused by the compiler, which leannorm.tune has found faster"
@@ -85,13 +86,18 @@ def explain(model: nn.Module | Tensor, example_inputs: Tensor | tuple[Any, ...] 
 
 @dataclass(frozen=True)
 class _Call:
-    """What a layer's call computed, by the operators of ours that it called (none: by PyTorch's)."""
+    """What a layer's call computed, by the operators of ours that it called (none: by PyTorch's).
+
+    Args:
+        takes_parts: the kernels compute what came in from its parts, if it is a concatenation; not while it is watched.
+    """
 
     training: bool
     operator: str = "batch norm"
     served_by: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
     sampled: str = ""
+    takes_parts: bool = False
 
 
 class _Fusing:
@@ -129,7 +135,9 @@ def _explained(name: str, module: nn.Module, call: _Call, fusing: _Fusing) -> La
         source = "full" if module.running_mean is None else "running"
         reasons = call.reasons if module.frozen else (*call.reasons, _EVAL)
         fused = fusing.done and call.served_by != (_PYTORCH,)
-        operator = fusing.action(name, module).removeprefix("convolution + ") if fused else call.operator
+        operator = call.operator
+        if fused:
+            operator = fusing.action(name, module).removeprefix("convolution + ").removeprefix(_CONCATENATION)
         served_by = ", ".join(call.served_by)
         if operator == "batch norm" and served_by != _PYTORCH:
             served_by, reasons = _PYTORCH, (_ALONE, *reasons)
@@ -140,11 +148,14 @@ def _explained(name: str, module: nn.Module, call: _Call, fusing: _Fusing) -> La
             reasons.append(f"{module.method} is composed of PyTorch's operators: the kernels compute batch norm alone")
         served_by = ", ".join((*call.served_by, _PYTORCH))
         return LayerExplanation(name, kind, target, "its method", served_by, tuple(reasons))
-    more = fusing.why_not(name, module, call.operator)
+    operator = call.operator
+    if fusing.done and call.takes_parts and fusing.action(name, module) == _CONCATENATION + operator:
+        operator = _CONCATENATION + operator
+    more = fusing.why_not(name, module, operator)
     reasons += [] if more is None else [more]
     reasons += [_DECOMPOSED] if module.decomposes else []
     served_by = ", ".join(call.served_by)
-    return LayerExplanation(name, kind, target + call.sampled, call.operator, served_by, tuple(reasons))
+    return LayerExplanation(name, kind, target + call.sampled, operator, served_by, tuple(reasons))
 
 
 def _of_tensor(x: Tensor) -> LayerExplanation:
@@ -285,7 +296,8 @@ def _call(module: nn.Module, operators: list[_Operator]) -> _Call:
         reasons += tuple(
             _raised(module.statistics, elements // max(1, shape[0]) * (shape[0] - module.statistics.virtual))
         )
-    return _Call(module.training, " + ".join(parts), served_by, reasons, f" ({taken} of {elements})")
+    takes_parts = name == "batch_norm" and bool(boxes) and backends.takes_concatenation([given["x"]])
+    return _Call(module.training, " + ".join(parts), served_by, reasons, f" ({taken} of {elements})", takes_parts)
 
 
 def _raised(source: Statistics, elements: int) -> Iterator[str]:
