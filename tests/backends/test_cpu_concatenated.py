@@ -1,11 +1,10 @@
 """Batch norm of a concatenation that is not written: against float64, and against PyTorch's concatenation with ours."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thread_count import threads
 from torch.utils.checkpoint import checkpoint
 
 import leannorm
@@ -63,16 +62,6 @@ def away_from_edges(parts, gamma, beta, dy, source, activation):
     edges = torch.tensor([0, *(activation.parameters if activation else ())])
     near = 64 * torch.finfo(parts[0].dtype).eps * z.abs().max()
     return dy.masked_fill((z[..., None] - edges).abs().amin(-1) <= near, 0)
-
-
-@contextmanager
-def threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

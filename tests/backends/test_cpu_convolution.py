@@ -1,12 +1,12 @@
 """Native convolutions with their batch norm, against float64 and against PyTorch's convolution with it."""
 
 import dataclasses
-from contextlib import contextmanager
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from thread_count import threads
 
 from conv_cases import PIECEWISE, SMOOTH, SOURCES, ConvCase, Setup, make
 from leannorm import Activation
@@ -62,16 +62,6 @@ def plan(setup: Setup):
     x, weight, *_ = setup.tensors
     places = setup.rest[:3]
     return native.plan(x, weight, *setup.convolution, *places)
-
-
-@contextmanager
-def threads(count: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def is_taken(case: ConvCase, dtype: torch.dtype) -> bool:

@@ -1,11 +1,10 @@
 """A pointwise convolution between two batch norms as one operator: against float64, and against the operators."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from thread_count import threads
 from torch.utils.checkpoint import checkpoint
 
 import leannorm
@@ -96,16 +95,6 @@ class Call:
         y, one, other = (forward or self.forward)()
         gradients = torch.autograd.grad(y, [*self.parts, *self.parameters], self.dy)
         return [y.detach(), *one, *other, *gradients]
-
-
-@contextmanager
-def threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def assert_close(call, slack=4):

@@ -6,15 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from training_steps import assert_same_training, images, small_densenet
 
 import leannorm
 from leannorm.backends import cpu
+from leannorm.bench.training import saved_bytes
 from leannorm.nn.concatenation import Concatenation
-from leannorm.train.models import import_torchvision
-
-import_torchvision()
-
-from torchvision.models.densenet import DenseNet  # noqa: E402 - after its missing operators are defined
 
 needs_kernels = pytest.mark.skipif(not cpu.available, reason="the extension was not built")
 SOURCE = "grid:1/4"
@@ -53,32 +50,12 @@ def joined(monkeypatch):
     return found
 
 
-def images(*shape):
-    x = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def fused(model, source=SOURCE, **options):
     model = model.to(memory_format=torch.channels_last)
     leannorm.convert(model, leannorm.parse_target(source))
     reference = copy.deepcopy(model)
     _, report = leannorm.fuse(model, **options)
     return model, reference, report
-
-
-def train_step(model, x):
-    torch.manual_seed(3)
-    x = x.clone().requires_grad_()
-    y = model(x)
-    (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    model.zero_grad()
-    return y, x.grad, gradients, dict(model.named_buffers())
-
-
-def assert_same_training(model, reference, x):
-    torch.testing.assert_close(train_step(model, x), train_step(reference, x), rtol=1e-4, atol=2e-5)
-    assert list(model.state_dict()) == list(reference.state_dict())
 
 
 def _function(self, one, other):
@@ -184,16 +161,11 @@ def test_inputs_that_the_kernels_do_not_take(joined):
     assert joined == []
 
 
-def densenet(*layers):
-    torch.manual_seed(0)
-    return DenseNet(growth_rate=8, block_config=layers or (3, 2), num_init_features=16, num_classes=5)
-
-
 @needs_kernels
 @pytest.mark.parametrize("source", ["grid:1/8", "fs:1/4@step", "bs:1/2", "grid:1/4+vdn:1"])
 def test_densenet(joined, source):
     x = images(4, 3, 64, 64)
-    model, reference, report = fused(densenet(), source)
+    model, reference, report = fused(small_densenet(), source)
     actions = {change.module: change.action for change in report.changes}
     assert actions["features.denseblock1.denselayer2.norm1"] == "concatenation + batch norm + relu"
     assert actions["features.denseblock1.denselayer2.norm2"] == "batch norm + relu"
@@ -224,24 +196,13 @@ def test_densenet_of_timm(joined):
 
 @needs_kernels
 def test_a_dense_network_keeps_less_for_backward():
-    def saved(model):
-        found = {}
-
-        def pack(t):
-            found[t.data_ptr()] = t.nbytes
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            y = model(images(4, 3, 64, 64))
-        return sum(found.values()), y
-
-    model, reference, _ = fused(densenet(16))
-    (ours, _y), (theirs, _z) = saved(model), saved(reference)
+    model, reference, _ = fused(small_densenet(16))
+    ours, theirs = (saved_bytes(each, images(4, 3, 64, 64)) for each in (model, reference))
     assert ours < 0.75 * theirs
 
 
 @needs_kernels
 def test_tune_records_the_concatenation_for_compiled_calls(tmp_path):
-    model, _, _ = fused(densenet())
+    model, _, _ = fused(small_densenet())
     _, report = leannorm.tune(model, images(4, 3, 64, 64), plan=tmp_path / "plan.json")
     assert any(change.action.startswith("concatenation") for change in report.changes)

@@ -1,20 +1,19 @@
 """fuse with convolutions: batch norm before a pointwise convolution is computed with the one behind it."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+import training_steps
 from torch import nn
+from training_steps import images, small_densenet
 
 import leannorm
 from leannorm.backends import cpu
+from leannorm.bench.training import saved_bytes
 from leannorm.functional import preactivated
-from leannorm.train.models import import_torchvision
-
-import_torchvision()
-
-from torchvision.models.densenet import DenseNet  # noqa: E402 - after its missing operators are defined
 
 pytestmark = pytest.mark.skipif(not cpu.available, reason="the extension was not built")
 SOURCE = leannorm.parse_statistics("grid:1/4")
@@ -56,11 +55,6 @@ def computed(monkeypatch):
     return found
 
 
-def images(*shape):
-    x = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def fused(model, **options):
     model = model.to(memory_format=torch.channels_last)
     leannorm.convert(model, SOURCE)
@@ -69,19 +63,7 @@ def fused(model, **options):
     return model, reference, report
 
 
-def train_step(model, x):
-    torch.manual_seed(3)
-    x = x.clone().requires_grad_()
-    y = model(x * 1)
-    (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    model.zero_grad()
-    return y, x.grad, gradients, dict(model.named_buffers())
-
-
-def assert_same_training(model, reference, x):
-    torch.testing.assert_close(train_step(model, x), train_step(reference, x), rtol=1e-3, atol=2e-4)
-    assert list(model.state_dict()) == list(reference.state_dict())
+assert_same_training = partial(training_steps.assert_same_training, rtol=1e-3, atol=2e-4)
 
 
 X = images(4, 12, 9, 9)
@@ -232,13 +214,8 @@ def test_compiled_without_a_graph_break(computed, join):
     assert computed == []
 
 
-def densenet(*layers):
-    torch.manual_seed(0)
-    return DenseNet(growth_rate=8, block_config=layers or (3, 2), num_init_features=16, num_classes=5)
-
-
 def test_densenet(computed):
-    model, reference, _ = fused(densenet())
+    model, reference, _ = fused(small_densenet())
     x = images(4, 3, 64, 64)
     assert_same_training(model, reference, x)
     assert len(computed) == 5
@@ -254,24 +231,13 @@ def test_densenet_of_timm(computed):
 
 
 def test_a_dense_network_keeps_little_for_backward():
-    def saved(model):
-        found = {}
-
-        def pack(t):
-            found[t.data_ptr()] = t.nbytes
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            y = model(images(4, 3, 64, 64))
-        return sum(found.values()), y
-
-    model, reference, _ = fused(densenet(16))
-    (ours, _y), (theirs, _z) = saved(model), saved(reference)
+    model, reference, _ = fused(small_densenet(16))
+    ours, theirs = (saved_bytes(each, images(4, 3, 64, 64)) for each in (model, reference))
     assert ours < 0.5 * theirs
 
 
 def test_tune_times_the_layers_one_by_one(computed, tmp_path):
-    model, reference, _ = fused(densenet())
+    model, reference, _ = fused(small_densenet())
     x = images(4, 3, 64, 64)
     _, report = leannorm.tune(model, x, plan=tmp_path / "plan.json")
     folded = sum("folded" in change.action and change.action.startswith("convolution") for change in report.changes)

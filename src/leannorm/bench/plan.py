@@ -98,7 +98,7 @@ class TrainingPlan(Plan):
     those where `leannorm.tune` finds it faster. Each sample follows ``settle`` untimed steps of the same model, as a
     training's steps follow each other. ``apart`` gives each side a process of its own, as a training has; on a GPU,
     where the device is what is timed, all are in one. These are begun anew ``starts`` times, for ``repeats`` rounds
-    each: where a process has its tensors, and so what its steps take, is a matter of chance that stays for its life.
+    each, so that no process by itself decides.
     """
 
     ON_CUDA: ClassVar = {

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from leannorm.backends.cpu import extension
-from leannorm.backends.cpu.extension import DTYPES, activation_code, addresses, empty_like, empty_strided, per_channel
+from leannorm.backends.cpu.extension import (
+    DTYPES,
+    activation_code,
+    addresses,
+    empty_channels_last,
+    empty_like,
+    per_channel,
+)
 from leannorm.backends.memory import CHANNELS_LAST, PLAIN
 from leannorm.ops import eager
 from leannorm.ops.concatenated import concatenated_shape
@@ -50,16 +57,10 @@ def channels_of(parts: Sequence[Tensor]) -> list[int]:
     return [part.shape[1] for part in parts]
 
 
-def empty(shape: Sequence[int], part: Tensor) -> Tensor:
-    """Give an empty tensor of this shape, like a part in all else."""
-    strides = torch.empty(shape, device="meta", memory_format=CHANNELS_LAST[part.ndim]).stride()
-    return empty_strided(shape, strides, part.dtype)
-
-
 def batch_norm(parts, weight, bias, draw, boxes, weights, eps, activation, parameters):
     """Compute y, mean and variance of the parts, which `takes` takes, with statistics of some elements."""
     shape = concatenated_shape(parts)
-    y, mean, var = empty(shape, parts[0]), torch.empty(shape[1]), torch.empty(shape[1])
+    y, mean, var = empty_channels_last(shape, parts[0].dtype), torch.empty(shape[1]), torch.empty(shape[1])
     kernels = plan(shape, tuple(boxes), tuple(weights), draw is not None)
     constants = per_channel(weight), per_channel(bias)
     places = addresses(y, *constants, mean, var, draw)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from leannorm.backends.cpu import extension
-from leannorm.backends.cpu.extension import DTYPES, activation_code, addresses, empty_strided, per_channel
+from leannorm.backends.cpu.extension import DTYPES, activation_code, addresses, empty_channels_last, per_channel
 from leannorm.backends.memory import PLAIN
 from leannorm.ops.contract import takes_output
 from leannorm.ops.conv_batch_norm import memory_format, output_shape, sampled_elements
@@ -81,8 +81,8 @@ def conv_batch_norm(
 ):
     """Compute the operator of this name."""
     shape = output_shape(x.shape, weight.shape, stride, padding, dilation)
-    y = _empty(shape, x.dtype)
-    kept = _empty(shape, x.dtype) if activation and not takes_output(activation) else None
+    y = empty_channels_last(shape, x.dtype)
+    kept = empty_channels_last(shape, x.dtype) if activation and not takes_output(activation) else None
     mean, var = torch.empty(shape[1]), torch.empty(shape[1])
     sample = x.new_empty(sum(sampled_elements(boxes, 3)), shape[1])
     residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
@@ -99,8 +99,8 @@ def conv_batch_norm_backward(
     """Compute the operator of this name."""
     dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
     at = None if at is None else at.contiguous(memory_format=torch.channels_last)
-    dx = _empty(x.shape, x.dtype) if input_gradient else None
-    dresidual = _empty(dy.shape, x.dtype) if residual_gradient else None
+    dx = empty_channels_last(x.shape, x.dtype) if input_gradient else None
+    dresidual = empty_channels_last(dy.shape, x.dtype) if residual_gradient else None
     direct = weight.dtype is torch.float32 and weight.is_contiguous()
     dweight = torch.empty_like(weight) if direct else torch.empty(weight.shape)
     sum_g_xhat, sum_g = torch.empty_like(mean), torch.empty_like(mean)
@@ -110,8 +110,3 @@ def conv_batch_norm_backward(
     dweight = dweight if direct else torch.empty_like(weight).copy_(dweight)
     none = x.new_empty(0)
     return none if dx is None else dx, dweight, sum_g_xhat, sum_g, none if dresidual is None else dresidual
-
-
-def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    _, channels, height, width = shape
-    return empty_strided(shape, (height * width * channels, 1, width * channels, channels), dtype)

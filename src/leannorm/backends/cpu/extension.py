@@ -40,6 +40,16 @@ def empty_strided(shape: Sequence[int], strides: Sequence[int], dtype: torch.dty
     return torch.empty_strided(shape, strides, dtype=dtype)
 
 
+def empty_channels_last(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Give an empty tensor whose channels come last in memory; see `empty_strided`."""
+    strides, step = [0, 1], shape[1]
+    for size in reversed(shape[2:]):
+        strides.insert(2, step)
+        step *= size
+    strides[0] = step
+    return empty_strided(shape, strides, dtype)
+
+
 def empty_cache() -> None:
     """Return to the system the memory that the native CPU kernels keep for their next results.
 

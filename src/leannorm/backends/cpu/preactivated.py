@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from leannorm.backends.cpu import concatenated, convolution, extension
-from leannorm.backends.cpu.extension import activation_code, addresses, empty_like, per_channel
+from leannorm.backends.cpu.extension import activation_code, addresses, empty_channels_last, empty_like, per_channel
 from leannorm.ops import eager
 from leannorm.ops.concatenated import concatenated_shape
 from leannorm.ops.contract import takes_output
@@ -46,10 +46,10 @@ def preactivated(parts, first_weight, first_bias, weight, gamma, beta, first, se
     """Compute y, mean and variance of both batch norms, the second one's sample, and z where backward needs it."""
     samples, channels, *sizes = concatenated_shape(parts)
     first_plan, plan = _plans(parts, weight, first, second)
-    y = concatenated.empty((samples, len(weight), *sizes), parts[0])
+    y = empty_channels_last((samples, len(weight), *sizes), torch.float32)
     kept = None
     if second.activation and not takes_output(second.activation):
-        kept = concatenated.empty(y.shape, parts[0])
+        kept = empty_channels_last(y.shape, torch.float32)
     first_moments, moments = [torch.empty(2, count).unbind() for count in (channels, len(weight))]
     sample = torch.empty(sum(sampled_elements(second.boxes, 3)), len(weight))
     constants = [per_channel(t) for t in (first_weight, first_bias, weight, gamma, beta)]

@@ -9,7 +9,6 @@ namespace leannorm {
 namespace {
 
 constexpr int64_t kBlockBytes = 1 << 17;
-constexpr int64_t kCacheBytes = 8 << 20;  // larger calls write around the caches
 
 // The bytes of an element and of a row, how many rows a block has, and its bytes.
 struct Blocks {
@@ -31,7 +30,7 @@ void concatenated_batch_norm(const Kernels& kernels, const Plan& plan, const Cal
   ChannelBuffers buffers(layout);
   finish_moments(call, moments_of_parts(kernels, call.tensors, parts, layout, *places), {0, layout.channels}, mean,
                  var, buffers);
-  const Tensors all = with_streaming(call.tensors, layout, kCacheBytes, layout.channels);
+  const Tensors all = with_streaming(call.tensors, layout, kRowsCacheBytes, layout.channels);
   over_shares(layout.count(), layout.threads, [&](Range share) {
     char* const block = scratch_of<char, Of::thread>(blocks.bytes);
     Tensors t = all;

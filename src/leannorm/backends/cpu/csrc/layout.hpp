@@ -95,6 +95,8 @@ int64_t size_of(Dtype);  // in bytes
 // Whether rows of `width` elements of the results are whole cache lines.
 bool has_whole_lines(const Tensors&, int64_t width);
 
+constexpr int64_t kRowsCacheBytes = 8 << 20;  // larger calls on rows write around the caches
+
 // Writes around the caches if the tensors have more bytes than `limit`. Rows of `width` elements are to be whole cache
 // lines for that; planes need not be.
 Tensors with_streaming(Tensors, const Layout&, int64_t limit, int64_t width = 0);

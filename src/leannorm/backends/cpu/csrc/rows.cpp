@@ -10,7 +10,6 @@ namespace {
 
 constexpr int64_t kWidth = 256;           // lanes that a row should have at least
 constexpr int64_t kChunk = 1 << 15;       // elements that are one step of a thread
-constexpr int64_t kCacheBytes = 8 << 20;  // larger calls write around the caches
 
 struct Rows : Layout {
   explicit Rows(const Plan& plan) : Layout(plan) {
@@ -101,7 +100,7 @@ bool rows::begin_at_whole_bytes(const Plan& plan) { return plan.channels % 8 == 
 void rows::batch_norm(const Kernels& kernels, const Plan& plan, const Call& call, float* mean, float* var) {
   const Rows layout(plan);
   const Sample places(plan, call.draw);
-  const Tensors t = with_streaming(call.tensors, layout, kCacheBytes, layout.width());
+  const Tensors t = with_streaming(call.tensors, layout, kRowsCacheBytes, layout.width());
   const Partials parts = places ? moments_of_places(kernels, t, layout, *places) : moments_of_all(kernels, t, layout);
   ChannelBuffers buffers(layout);
   over_shares(layout.channels, layout.threads_to_finish(parts),
@@ -113,7 +112,7 @@ void rows::batch_norm_backward(const Kernels& kernels, const Plan& plan, const C
                                const float* var, float* sum_g_xhat, float* sum_g) {
   const Rows layout(plan);
   const Sample places(plan, call.draw);
-  const Tensors t = with_streaming(call.tensors, layout, kCacheBytes, layout.width());
+  const Tensors t = with_streaming(call.tensors, layout, kRowsCacheBytes, layout.width());
   ChannelBuffers buffers(layout);
   set_point(call, {0, layout.channels}, mean, var, buffers);
   Partials parts(layout.parts(), layout.channels);
@@ -123,7 +122,7 @@ void rows::batch_norm_backward(const Kernels& kernels, const Plan& plan, const C
               [&](Range range) { finish_sums(call, parts, range, count, var, sum_g_xhat, sum_g, buffers); });
   const Channels channels = buffers.repeated();
   if (!places) return backward_pass(kernels, t, layout, channels, Backward::exact, parts);
-  const Tensors written = without_dresidual(with_streaming(call.tensors, layout, kCacheBytes, layout.channels));
+  const Tensors written = without_dresidual(with_streaming(call.tensors, layout, kRowsCacheBytes, layout.channels));
   over_shares(places->size(), threads_for(layout, *places), [&](Range range) {
     kernels.correct_rows(written, channels, layout.channels, places->of_range(range.begin, range.end));
   });
@@ -133,14 +132,14 @@ void rows::normalize(const Kernels& kernels, const Plan& plan, const Call& call,
   const Rows layout(plan);
   ChannelBuffers buffers(layout);
   set_point(call, {0, layout.channels}, mean, var, buffers);
-  const Tensors t = with_streaming(call.tensors, layout, kCacheBytes, layout.width());
+  const Tensors t = with_streaming(call.tensors, layout, kRowsCacheBytes, layout.width());
   forward_pass(kernels, t, layout, buffers.repeated(), false);
 }
 
 void rows::backward_fused(const Kernels& kernels, const Plan& plan, const Call& call, const float* mean,
                           const float* var, float* sum_g_xhat, float* sum_g) {
   const Rows layout(plan);
-  const Tensors t = with_streaming(call.tensors, layout, kCacheBytes, layout.width());
+  const Tensors t = with_streaming(call.tensors, layout, kRowsCacheBytes, layout.width());
   ChannelBuffers buffers(layout);
   set_point(call, {0, layout.channels}, mean, var, buffers);
   Partials parts(layout.parts(), layout.channels);
