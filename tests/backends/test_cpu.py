@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,12 +34,15 @@ def laid_out(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(like).copy_(x)
 
 
-def run(module, x, weight, bias, residual, dy, regions, draw, activation, eps=1e-5):
-    """Call a back end's two functions as autograd does; give outputs and gradients."""
+def run(module, x, weight, bias, residual, dy, regions, draw, activation, eps=1e-5, in_place=False):
+    """Call a back end's two functions as autograd does, or so that dx may be written over dy; give outputs and
+    gradients."""
     kind, parameters = (activation.kind, list(activation.parameters)) if activation else ("", [])
     places = draw, list(regions.boxes), list(regions.weights)
     forward = cpu._batch_norm if module is cpu else aten.batch_norm
     backward = cpu._batch_norm_backward if module is cpu else aten.batch_norm_backward
+    if in_place:
+        dy, backward = dy.clone(), partial(backward, in_place=True)
     y, mean, var = forward(x, weight, bias, residual, *places, eps, kind, parameters)
     from_output = residual is not None and kind in ("relu", "clamp", "leaky_relu")
     kept = residual if kind and not from_output else None
@@ -77,14 +81,18 @@ def assert_agrees(case, dtype, source, activation, *, residual, seed=0):
     smooth = away_from_kinks(x, weight, bias, extra, regions, draw, activation)
     dy = laid_out(dy * smooth, x)
     assert cpu.why_not(x) is None
-    found = run(cpu, x, weight, bias, extra, dy, regions, draw, activation)
     wide = [None if t is None else t.double() for t in (x, weight, bias, extra, dy)]
     wanted = run(aten, *wide, regions, draw, activation)
     rstd = (wanted["var"] + 1e-5).rsqrt()
     condition = 1 + (wanted["mean"].abs() * rstd).max().item()  # by which x - mean amplifies a rounding
     gain = (weight * rstd).abs().max().item() * dy.abs().max().item()
     rounding = {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
-    for name, value in found.items():
+    found = [
+        one
+        for in_place in (False, True)
+        for one in run(cpu, x, weight, bias, extra, dy, regions, draw, activation, in_place=in_place).items()
+    ]
+    for name, value in found:
         reference = wanted[name]
         if name in ("y", "dx", "dresidual"):
             assert value.dtype == dtype

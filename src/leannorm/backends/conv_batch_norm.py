@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ def _conv_batch_norm(
 
 def _conv_batch_norm_backward(
     dy, x, weight, gamma, at, mean, var, sample, stride, padding, dilation, groups, draw, boxes, weights, eps,
-    activation, parameters, input_gradient, residual_gradient,
+    activation, parameters, input_gradient, residual_gradient, in_place=False,
 ):  # fmt: skip
     plan = native.plan(x, weight, stride, padding, dilation, groups, draw, boxes, weights)
     if plan is not None:
@@ -119,7 +120,7 @@ def _conv_batch_norm_backward(
             residual_gradient,
         )  # fmt: skip
     settings = Convolution(tuple(stride), tuple(padding), tuple(dilation), groups)
-    g, sum_g = _through_activation(dy, at, activation, parameters, memory_format(x, weight))
+    g, sum_g = _through_activation(dy, at, activation, parameters, memory_format(x, weight), in_place)
     scale, rstd = _scale(var, gamma, eps), torch.rsqrt(var + eps)
     scaled = _scaled(weight, scale, x.dtype)
 
@@ -167,15 +168,21 @@ def _in_order(dx: Tensor, x: Tensor) -> bool:
 
 
 def _through_activation(
-    dy: Tensor, at: Tensor | None, activation: str, parameters: Sequence[float], form: torch.memory_format
+    dy: Tensor,
+    at: Tensor | None,
+    activation: str,
+    parameters: Sequence[float],
+    form: torch.memory_format,
+    in_place: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Give g = dy act'(z), in memory of its own, and the sums of what it was rounded to."""
+    """Give g = dy act'(z), in memory of its own or of dy, and the sums of what it was rounded to."""
     at = dy if at is None else at
     if at.dtype is torch.float32 and takes(at):  # one pass: backward of a batch norm whose mean is 0 and variance 1
         zeros = at.new_zeros(at.shape[1])
         y = at if takes_output(activation) else None
         point = zeros, torch.ones_like(zeros), None, None, None, y, 0.0, activation, parameters
-        backward = eager.kernel("backward_fused", at, dy) or torch.ops.leannorm.backward_fused
+        name = "backward_fused_in_place" if in_place else "backward_fused"
+        backward = eager.kernel(name, at, dy) or torch.ops.leannorm.backward_fused
         g, _, sum_g, _ = backward(dy, at, *point, False)
         return g.contiguous(memory_format=form), sum_g
     g = definition.activation_backward(dy, at, activation, parameters) if activation else dy
@@ -209,3 +216,4 @@ for _name, _kernel in (
     library.impl(_name, _kernel, "CompositeExplicitAutograd")
     for _device in ("cpu", "cuda"):
         eager.provide(_name, _kernel, _device)
+eager.provide("conv_batch_norm_backward_in_place", partial(_conv_batch_norm_backward, in_place=True), "cpu")

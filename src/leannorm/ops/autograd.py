@@ -30,7 +30,7 @@ def _keep(ctx, x, weight, bias, residual, y, point, *others, signs=None):
     ctx.strides_with_signs = None if signs is None else (x.stride(), y.stride())
 
 
-def _backward(ctx, dy, needed):
+def _backward(ctx, dy, needed, held):
     x, weight, bias, residual, y, mean, var, draw = ctx.saved_tensors
     (boxes, weights), (eps, activation, parameters) = ctx.places, ctx.point
     if torch.is_grad_enabled():
@@ -42,7 +42,8 @@ def _backward(ctx, dy, needed):
     if ctx.strides_with_signs is not None and x.stride() != ctx.strides_with_signs[0]:
         # A hook on saved tensors gave x another memory order, in which the signs do not lie.
         dy, y, activation, parameters = _through_activation(ctx, dy, y), None, "", ()
-    backward = eager.kernel("batch_norm_backward", x, dy) or torch.ops.leannorm.batch_norm_backward
+    held = held if activation or not needed[3] else None  # else dy is the residual's gradient, too
+    backward = eager.kernel_over("batch_norm_backward", x, dy, held) or torch.ops.leannorm.batch_norm_backward
     dx, dweight, dbias, dresidual = backward(
         dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters, draw, boxes, weights,
         needed[3] and activation != "",
@@ -115,7 +116,7 @@ def _setup_normalize(ctx, inputs, outputs):
     _keep(ctx, x, weight, bias, residual, outputs[0], point, mean, var)
 
 
-def _normalize_backward(ctx, dy, needed):
+def _normalize_backward(ctx, dy, needed, held):
     x, weight, bias, residual, y, mean, var = ctx.saved_tensors
     x_needed, mean_needed, var_needed, *others_needed = needed
     if mean_needed or var_needed:
@@ -132,7 +133,8 @@ def _normalize_backward(ctx, dy, needed):
 
         dx, *others = _differentiable_gradients(ctx, dy, needed, forward)
         return dx, None, None, *others
-    backward = eager.kernel("backward_fused", x, dy) or torch.ops.leannorm.backward_fused
+    held = held if activation or not needed[3] else None
+    backward = eager.kernel_over("backward_fused", x, dy, held) or torch.ops.leannorm.backward_fused
     dx, dweight, dbias, dresidual = backward(
         dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters, needed[3] and activation != ""
     )

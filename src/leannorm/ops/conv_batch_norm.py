@@ -140,12 +140,13 @@ def _setup_context(ctx, inputs, outputs):
     ctx.has_residual = residual is not None
 
 
-def _backward(ctx, dy, needed):
+def _backward(ctx, dy, needed, held):
     x, weight, gamma, beta, at, mean, var, sample, draw = ctx.saved_tensors
     boxes, weights, eps, activation, parameters = ctx.rest
     if torch.is_grad_enabled():
         return _differentiable_backward(ctx, dy, needed)
-    backward = eager.kernel("conv_batch_norm_backward", x, dy) or torch.ops.leannorm.conv_batch_norm_backward
+    held = held if activation or not needed[5] else None  # else dy is the residual's gradient, too
+    backward = eager.kernel_over("conv_batch_norm_backward", x, dy, held) or torch.ops.leannorm.conv_batch_norm_backward
     dx, dweight, dgamma, dbeta, dresidual = backward(
         dy, x, weight, gamma, at, mean, var, sample, *ctx.convolution, draw, boxes, weights, eps, activation,
         parameters, needed[0], needed[5] and activation != "",

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from leannorm.ops.contract import library
+from leannorm.ops.ownership import Holders, holders, is_autograd_alone
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _kernels: dict[tuple[str, str], Callable[..., Any]] = {}
@@ -41,6 +42,8 @@ def differentiable(
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Give an operator its derivative with respect to its first ``tensors`` inputs, of its first output.
 
+    ``backward`` is called with ctx, the gradient, which inputs need theirs, and who holds the gradient: `kernel_over`.
+
     Returns:
         a function of a kernel and the operator's inputs that gives what the kernel gives, with that derivative: what
         eager mode calls, since what `torch.library.register_autograd` makes of the same two functions costs more.
@@ -53,7 +56,7 @@ def differentiable(
         setup_context(ctx, inputs, outputs)
 
     def backward_of_all(ctx, dy, *_):
-        gradients = (None,) * tensors if dy is None else backward(ctx, dy, ctx.needs_input_grad[:tensors])
+        gradients = (None,) * tensors if dy is None else backward(ctx, dy, ctx.needs_input_grad[:tensors], None)
         return *gradients, *(None,) * others
 
     torch.library.register_autograd(f"leannorm::{name}", backward_of_all, setup_context=setup, lib=library)
@@ -66,8 +69,10 @@ def differentiable(
         return outputs[0]
 
     def backward_eagerly(ctx, dy):
-        gradients = (None,) * tensors if dy is None else backward(ctx, dy, ctx.needs_input_grad[3:])
-        return None, None, None, *gradients
+        if dy is None:
+            return (None,) * (3 + tensors)
+        held = holders(dy)  # before dy is an argument, which holds it once more
+        return None, None, None, *backward(ctx, dy, ctx.needs_input_grad[3:], held)
 
     members = {"forward": staticmethod(forward_eagerly), "backward": staticmethod(backward_eagerly)}
     title = name.title().replace("_", "")  # the one in profiles
@@ -99,3 +104,11 @@ def kernel(name: str, x: Tensor, dy: Tensor | None = None) -> Callable[..., Any]
     if forward_ad._current_level >= 0 or (dy is not None and not torch._C._has_storage(dy)):
         return None
     return _kernels.get((name, "cpu" if x.is_cpu else x.device.type))  # to ask for the device is slow
+
+
+def kernel_over(name: str, x: Tensor, dy: Tensor, held: Holders | None) -> Callable[..., Any] | None:
+    """Give the kernel of a backward operator as `kernel` does, where there is one and ``held`` allows it the variant
+    that may leave dx in the memory of dy."""
+    in_place = _kernels.get((f"{name}_in_place", x.device.type))
+    found = kernel(name, x, dy)
+    return in_place if found and in_place and is_autograd_alone(held) else found

@@ -138,6 +138,7 @@ def _batch_norm_backward(
     boxes,
     weights,
     residual_gradient,
+    in_place=False,
 ):
     work = _work_on(x, draw, boxes, weights)
     if work is None or _lacks_output(residual, y, activation):
@@ -145,13 +146,16 @@ def _batch_norm_backward(
             dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters, draw, boxes, weights,
             residual_gradient,
         )  # fmt: skip
+    corrects_dx = x.dtype is torch.float32 or not boxes  # else dx is made anew from dy at the sampled elements
     return _backward(
         work.plan.batch_norm_backward, work, dy, x, mean, var, weight, bias, residual, y, draw, eps, activation,
-        parameters, residual_gradient,
+        parameters, residual_gradient, in_place and corrects_dx,
     )  # fmt: skip
 
 
-def _backward_fused(dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters, residual_gradient):
+def _backward_fused(
+    dy, x, mean, var, weight, bias, residual, y, eps, activation, parameters, residual_gradient, in_place=False
+):
     work = _work_on(x, None, (), ())
     if work is None or _lacks_output(residual, y, activation):
         return aten.kernels["backward_fused"](
@@ -160,7 +164,7 @@ def _backward_fused(dy, x, mean, var, weight, bias, residual, y, eps, activation
     mean, var = per_channel(mean), per_channel(var)
     return _backward(
         work.plan.backward_fused, work, dy, x, mean, var, weight, bias, residual, y, None, eps, activation, parameters,
-        residual_gradient,
+        residual_gradient, in_place,
     )  # fmt: skip
 
 
@@ -169,13 +173,14 @@ def _lacks_output(residual: Tensor | None, y: Tensor | None, activation: str) ->
 
 
 def _backward(
-    operator, work, dy, x, mean, var, weight, bias, residual, y, draw, eps, activation, parameters, residual_gradient
-):
+    operator, work, dy, x, mean, var, weight, bias, residual, y, draw, eps, activation, parameters, residual_gradient,
+    in_place,
+):  # fmt: skip
     signs = y if y is not None and y.dtype is torch.uint8 else None
     y = None if y is None or signs is not None else _in_order(y, work)
     x, dy, residual = _in_order(x, work), _in_order(dy, work), None if residual is None else _in_order(residual, work)
     weight, bias = per_channel(weight), per_channel(bias)
-    dx = empty_like(x, work.strides)
+    dx = dy if in_place else empty_like(x, work.strides)
     dresidual = empty_like(x, work.strides) if residual_gradient else None
     sum_g_xhat, sum_g = torch.empty_like(mean), torch.empty_like(mean)
     places = addresses(dy, x, residual, y, signs, dx, dresidual, weight, bias, mean, var, sum_g_xhat, sum_g, draw)
@@ -199,5 +204,7 @@ if available:
     eager.provide("track", _track, "cpu")
     eager.provide("batch_norm_with_signs", partial(_batch_norm, with_signs=True), "cpu")
     eager.register("batch_norm_backward", _batch_norm_backward, "cpu")
+    eager.provide("batch_norm_backward_in_place", partial(_batch_norm_backward, in_place=True), "cpu")
     eager.register("normalize", _normalize, "cpu")
     eager.register("backward_fused", _backward_fused, "cpu")
+    eager.provide("backward_fused_in_place", partial(_backward_fused, in_place=True), "cpu")

@@ -115,7 +115,10 @@ void each_part(const Tensors& t, const Geometry& geometry, Pieces pieces, Body b
     for (int64_t first = 0; first < piece.length; first += kMost) {
       const int64_t n = piece.length - first < kMost ? piece.length - first : kMost, offset = piece.offset + first;
       Tensors part = t;
-      if (staged) part.out = out.take(offset, n), part.dresidual = dresidual.take(offset, n), part.stream = false;
+      if (staged) {
+        if (!t.in_place()) part.out = out.take(offset, n);
+        part.dresidual = dresidual.take(offset, n), part.stream = false;
+      }
       body(channel, offset, n, part);
     }
   });
@@ -190,7 +193,7 @@ void backward(const Tensors& t, const Act& act, const Point<Value>& point, const
   const auto* x = at<T>(t.x);
   const Gradient<T, kExtra, Act> gradient(t, act);
   auto *dx = at<T>(t.out), *dresidual = at<T>(t.dresidual);
-  const bool around_caches = t.stream;
+  const bool around_caches = t.stream, dx_around_caches = t.stream && !t.in_place();
   each_vector(n, [&](int64_t i, auto lanes) {
     const Vec mean = point.mean(i), scale = point.scale(i), bias = point.bias(i);
     Vec centre, slope, sum{}, sum_centred{};
@@ -211,7 +214,7 @@ void backward(const Tensors& t, const Act& act, const Point<Value>& point, const
       if constexpr (kMode == Backward::exact)
         d = multiply_add(scale, g, -place.weight(r) * multiply_add(slope, centred, centre));
       else d = scale * g;
-      put<T>(dx + k, d, around_caches, lanes);
+      put<T>(dx + k, d, dx_around_caches, lanes);
       if (dresidual) put<T>(dresidual + k, g, around_caches, lanes);
     }
     if constexpr (kMode != Backward::exact) sums.add(i, sum, sum_centred);
@@ -279,7 +282,7 @@ void backward_planes(const Tensors& t, const Channels& channels, Backward mode, 
   });
 }
 
-// Correction of sampled elements: computed anew from x and dy, so that dx is rounded once.
+// Correction of sampled elements: their dx from x and dy, for which Correction may have put scale g.
 
 template <class T, Extra kExtra, class Act>
 void correct(const Tensors& t, const Act& act, const Channels& channels, int64_t width, Sampled sampled) {

@@ -41,10 +41,12 @@ struct Tensors {
   const void* residual = nullptr;  // may be null
   // Backward's alternative to the residual, for activations that take their output; may be null.
   const void* y = nullptr;
-  void* out = nullptr;        // y in forward, dx in backward
+  void* out = nullptr;        // y in forward, dx in backward, which may lie where dy does
   void* dresidual = nullptr;  // may be null
   uint8_t* signs = nullptr;   // forward writes them, backward takes them in place of y; may be null
-  bool stream = false;        // the outputs exceed the caches: write around them
+  bool stream = false;        // the outputs exceed the caches: write around them, but for dx in the place of dy
+
+  bool in_place() const { return out == dy; }
 };
 
 enum class Backward : int { reduce, fused, exact };  // sums alone; dx = scale g and the sums; dx alone

@@ -21,15 +21,25 @@ Layout::Layout(const Plan& plan)
       threads(threads_for(elements())) {}
 
 ChannelBuffers::ChannelBuffers(const Geometry& g)
-    : channels(g.channels), width(g.width()), padded(width + 64), values(5 * padded) {
+    : channels(g.channels), width(g.width()), padded(width + 64), values(6 * padded) {
   float* p = values.data();
-  for (float** buffer : {&mean, &scale, &bias, &centre, &slope}) *buffer = p, p += padded;
+  for (float** buffer : {&mean, &scale, &bias, &centre, &slope, &one}) *buffer = p, p += padded;
+  std::fill_n(one, padded, 1.0f);
 }
 
 Channels ChannelBuffers::repeated() {
   for (float* v : {mean, scale, bias, centre, slope})
     for (int64_t i = channels; i < width; ++i) v[i] = v[i - channels];
   return view();
+}
+
+Correction::Correction(const Tensors& t, const ChannelBuffers& buffers) : tensors(t), channels(buffers.view()) {
+  tensors.dresidual = nullptr;
+  if (t.dtype != Dtype::float32) return;
+  tensors.dy = t.out;
+  tensors.activation.kind = Kind::identity;
+  tensors.residual = tensors.y = tensors.signs = nullptr;
+  channels.scale = buffers.one;
 }
 
 Sample::Sample(const Plan& plan, const int64_t* draw) {
@@ -56,11 +66,6 @@ Tensors with_streaming(Tensors t, const Layout& layout, int64_t limit, int64_t w
 
 Tensors without_streaming(Tensors t) {
   t.stream = false;
-  return t;
-}
-
-Tensors without_dresidual(Tensors t) {
-  t.dresidual = nullptr;
   return t;
 }
 

@@ -64,11 +64,19 @@ struct Partials {
 struct ChannelBuffers {
   int64_t channels, width, padded;
   std::vector<float> values;
-  float *mean, *scale, *bias, *centre, *slope;
+  float *mean, *scale, *bias, *centre, *slope, *one;
 
   explicit ChannelBuffers(const Geometry& g);
   Channels view() const { return {mean, scale, bias, centre, slope}; }
   Channels repeated();
+};
+
+// What the correction of sampled elements reads and writes. In float32 it begins with dx as it lies there, scale g, since
+// dx may have taken the place of dy; what has fewer bits is made anew from x and dy, so that it is rounded once.
+struct Correction {
+  Tensors tensors;
+  Channels channels;
+  Correction(const Tensors&, const ChannelBuffers&);
 };
 
 // Fixed places, or those that a draw gives.
@@ -101,7 +109,6 @@ constexpr int64_t kRowsCacheBytes = 8 << 20;  // larger calls on rows write arou
 // lines for that; planes need not be.
 Tensors with_streaming(Tensors, const Layout&, int64_t limit, int64_t width = 0);
 Tensors without_streaming(Tensors);
-Tensors without_dresidual(Tensors);  // for the correction, which changes dx alone
 
 void set_point(const Call&, Range, const float* mean, const float* var, ChannelBuffers&);
 

@@ -87,8 +87,8 @@ void add_moments(const Kernels& kernels, const Tensors& t, const Team& team, con
   });
 }
 
-void correct(const Kernels& kernels, const Tensors& t, const Team& team, const Channels& channels,
-             const Places& places) {
+void correct(const Kernels& kernels, const Correction& correction, const Team& team, const Places& places) {
+  const auto& [t, channels] = correction;
   team.each_range(threads_for(team.layout, places), [&](Range range) {
     const int64_t spatial = team.layout.spatial;
     if (places.runs.empty()) kernels.correct_planes(t, channels, spatial, range.begin, range.end, places.all());
@@ -132,12 +132,13 @@ void planes::batch_norm_backward(const Kernels& kernels, const Plan& plan, const
   ChannelBuffers buffers(layout);
   set_point(call, {0, layout.channels}, mean, var, buffers);
   const Channels channels = buffers.view();
+  const Correction correction(without_streaming(t), buffers);
   over_teams(layout, [&](Team team) {
     backward_pass(kernels, t, team, channels, places ? Backward::fused : Backward::reduce, parts);
     team.each_range(1, [&](Range range) {
       finish_sums(call, parts, range, count, var, sum_g_xhat, sum_g, buffers);
     });
-    if (places) correct(kernels, without_dresidual(without_streaming(t)), team, channels, *places);
+    if (places) correct(kernels, correction, team, *places);
     else backward_pass(kernels, t, team, channels, Backward::exact, parts);
   });
 }

@@ -122,9 +122,10 @@ void rows::batch_norm_backward(const Kernels& kernels, const Plan& plan, const C
               [&](Range range) { finish_sums(call, parts, range, count, var, sum_g_xhat, sum_g, buffers); });
   const Channels channels = buffers.repeated();
   if (!places) return backward_pass(kernels, t, layout, channels, Backward::exact, parts);
-  const Tensors written = without_dresidual(with_streaming(call.tensors, layout, kRowsCacheBytes, layout.channels));
+  const Correction correction(with_streaming(call.tensors, layout, kRowsCacheBytes, layout.channels), buffers);
   over_shares(places->size(), threads_for(layout, *places), [&](Range range) {
-    kernels.correct_rows(written, channels, layout.channels, places->of_range(range.begin, range.end));
+    kernels.correct_rows(correction.tensors, correction.channels, layout.channels,
+                         places->of_range(range.begin, range.end));
   });
 }
 
