@@ -36,7 +36,7 @@ void concatenated_batch_norm(const Kernels& kernels, const Plan& plan, const Cal
     Tensors t = all;
     t.x = block;
     each_block(share, blocks.rows, [&](int64_t first, int64_t count) {
-      PartRows(parts, blocks.element, count, [&](int64_t i) { return first + i; }).read(block);
+      PartRows(parts, blocks.element, count, [&](int64_t i) { return first + i; }).read_and_ask(block);
       t.out = static_cast<char*>(all.out) + first * blocks.width;
       kernels.forward_rows(t, buffers.view(), 0, count, layout.channels);
     });
@@ -51,6 +51,7 @@ void concatenated_batch_norm_backward(const Kernels& kernels, const Plan& plan, 
   const auto* const dy = static_cast<const char*>(call.tensors.dy);
   ChannelBuffers buffers(layout);
   set_point(call, {0, layout.channels}, mean, var, buffers);
+  const bool around_caches = goes_around_caches(parts, blocks.element, layout.count());
   Partials sums(layout.threads, layout.channels);
   parallel(layout.threads, [&](int thread) {
     std::vector<float> scratch(scratch_size(layout.channels));
@@ -59,11 +60,11 @@ void concatenated_batch_norm_backward(const Kernels& kernels, const Plan& plan, 
     t.x = x, t.out = dx;
     each_block(share_of(layout.count(), thread, layout.threads), blocks.rows, [&](int64_t first, int64_t count) {
       const PartRows rows(parts, blocks.element, count, [&](int64_t i) { return first + i; });
-      rows.read(x);
+      rows.read_and_ask(x);
       t.dy = dy + first * blocks.width;
       kernels.backward_rows(t, buffers.view(), Backward::fused, 0, count, layout.channels, sums.at(thread),
                             scratch.data());
-      rows.write(dx);
+      rows.write(dx, around_caches);
     });
   });
   finish_sums(call, sums, {0, layout.channels}, places->count, var, sum_g_xhat, sum_g, buffers);
