@@ -109,6 +109,7 @@ def kernel(name: str, x: Tensor, dy: Tensor | None = None) -> Callable[..., Any]
 def kernel_over(name: str, x: Tensor, dy: Tensor, held: Holders | None) -> Callable[..., Any] | None:
     """Give the kernel of a backward operator as `kernel` does, where there is one and ``held`` allows it the variant
     that may leave dx in the memory of dy."""
-    in_place = _kernels.get((f"{name}_in_place", x.device.type))
     found = kernel(name, x, dy)
-    return in_place if found and in_place and is_autograd_alone(held) else found
+    if found is None or not is_autograd_alone(held):
+        return found
+    return kernel(f"{name}_in_place", x, dy) or found
