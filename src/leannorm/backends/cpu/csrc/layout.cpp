@@ -6,8 +6,6 @@
 namespace leannorm {
 namespace {
 
-constexpr int64_t kLine = 64;  // bytes of a cache line
-
 float inverse_deviation(float var, double eps) { return static_cast<float>(1 / std::sqrt(var + eps)); }
 
 }  // namespace
@@ -21,10 +19,9 @@ Layout::Layout(const Plan& plan)
       threads(threads_for(elements())) {}
 
 ChannelBuffers::ChannelBuffers(const Geometry& g)
-    : channels(g.channels), width(g.width()), padded(width + 64), values(6 * padded) {
+    : channels(g.channels), width(g.width()), padded(width + 64), values(5 * padded) {
   float* p = values.data();
-  for (float** buffer : {&mean, &scale, &bias, &centre, &slope, &one}) *buffer = p, p += padded;
-  std::fill_n(one, padded, 1.0f);
+  for (float** buffer : {&mean, &scale, &bias, &centre, &slope}) *buffer = p, p += padded;
 }
 
 Channels ChannelBuffers::repeated() {
@@ -39,7 +36,8 @@ Correction::Correction(const Tensors& t, const ChannelBuffers& buffers) : tensor
   tensors.dy = t.out;
   tensors.activation.kind = Kind::identity;
   tensors.residual = tensors.y = tensors.signs = nullptr;
-  channels.scale = buffers.one;
+  one_.assign(buffers.padded, 1.0f);
+  channels.scale = one_.data();
 }
 
 Sample::Sample(const Plan& plan, const int64_t* draw) {
@@ -53,7 +51,6 @@ int threads_for(const Layout& layout, const Places& places) {
 }
 
 bool has_whole_lines(const Tensors& t, int64_t width) {
-  const auto starts_a_line = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % kLine == 0; };
   return width * size_of(t.dtype) % kLine == 0 && starts_a_line(t.out) && starts_a_line(t.dresidual);
 }
 

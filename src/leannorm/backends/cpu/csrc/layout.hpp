@@ -64,7 +64,7 @@ struct Partials {
 struct ChannelBuffers {
   int64_t channels, width, padded;
   std::vector<float> values;
-  float *mean, *scale, *bias, *centre, *slope, *one;
+  float *mean, *scale, *bias, *centre, *slope;
 
   explicit ChannelBuffers(const Geometry& g);
   Channels view() const { return {mean, scale, bias, centre, slope}; }
@@ -77,6 +77,10 @@ struct Correction {
   Tensors tensors;
   Channels channels;
   Correction(const Tensors&, const ChannelBuffers&);
+  Correction(const Correction&) = delete;
+
+ private:
+  std::vector<float> one_;  // what is left of the scale
 };
 
 // Fixed places, or those that a draw gives.
@@ -99,6 +103,10 @@ int threads_for(const Layout&, const Places&);
 int threads_for(int64_t elements);
 
 int64_t size_of(Dtype);  // in bytes
+
+constexpr int64_t kLine = 64;  // bytes of a cache line
+
+inline bool starts_a_line(const void* p) { return reinterpret_cast<uintptr_t>(p) % kLine == 0; }
 
 // Whether rows of `width` elements of the results are whole cache lines.
 bool has_whole_lines(const Tensors&, int64_t width);

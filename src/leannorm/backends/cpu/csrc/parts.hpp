@@ -66,8 +66,6 @@ class PartRows {
   }
 
  private:
-  static constexpr int64_t kLine = 64;
-
   static void copy(char* to, const char* from, int64_t bytes) {
     // by a size that the compiler knows, since rows of a part are short
     for (; bytes >= kLine; bytes -= kLine, to += kLine, from += kLine) std::memcpy(to, from, kLine);

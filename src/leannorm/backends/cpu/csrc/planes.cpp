@@ -88,7 +88,8 @@ void add_moments(const Kernels& kernels, const Tensors& t, const Team& team, con
 }
 
 void correct(const Kernels& kernels, const Correction& correction, const Team& team, const Places& places) {
-  const auto& [t, channels] = correction;
+  const Tensors& t = correction.tensors;
+  const Channels& channels = correction.channels;
   team.each_range(threads_for(team.layout, places), [&](Range range) {
     const int64_t spatial = team.layout.spatial;
     if (places.runs.empty()) kernels.correct_planes(t, channels, spatial, range.begin, range.end, places.all());
