@@ -23,6 +23,7 @@ SHAPES = {
     "wide": ((4, 9, 8), (700, 900, 33)),
     "many blocks": ((5, 40, 33), (96, 32)),
     "around the caches": ((4, 76, 76), (64, 32)),
+    "large, parts of no whole cache lines": ((4, 76, 76), (40, 56)),
     "3d": ((2, 4, 5, 6), (8, 24)),
 }
 

@@ -3,22 +3,38 @@
 #include <algorithm>
 
 #include "layout.hpp"
-#include "scratch.hpp"
 
 namespace leannorm {
 namespace {
 
-constexpr int64_t kBlockBytes = 1 << 17;
+constexpr int64_t kBlockBytes = 1 << 17, kBlockRows = 128;
+constexpr int64_t kBackwardCacheBytes = 16 << 20;  // less is found in the caches where gradients are added up
 
-// The bytes of an element and of a row, how many rows a block has, and its bytes.
-struct Blocks {
-  int64_t element, width, rows, bytes;
-  explicit Blocks(const Call& call, const Layout& layout)
-      : element(size_of(call.tensors.dtype)),
-        width(layout.channels * element),
-        rows(std::max<int64_t>(1, kBlockBytes / width)),
-        bytes(rows * width) {}
-};
+// Calls body(part, its columns).
+template <class Body>
+void each_part(const Parts& parts, int64_t width, Body body) {
+  int64_t first = 0;
+  for (const Part& part : parts) {
+    body(part, Columns{first, part.channels, width});
+    first += part.channels;
+  }
+}
+
+// The same for blocks of some rows, as body(part, columns, first row, rows).
+template <class Body>
+void each_block_of_parts(const Parts& parts, int64_t width, int64_t element, Range rows, Body body) {
+  const int64_t most = std::clamp<int64_t>(kBlockBytes / (width * element), 1, kBlockRows);
+  each_block(rows, most, [&](int64_t first, int64_t count) {
+    each_part(parts, width, [&](const Part& part, const Columns& columns) { body(part, columns, first, count); });
+  });
+}
+
+// Whether each row of each part, and of its gradient, is whole cache lines.
+bool have_whole_lines(const Parts& parts, int64_t element) {
+  return std::all_of(parts.begin(), parts.end(), [&](const Part& part) {
+    return part.channels * element % kLine == 0 && starts_a_line(part.dx);
+  });
+}
 
 }  // namespace
 
@@ -26,20 +42,19 @@ void concatenated_batch_norm(const Kernels& kernels, const Plan& plan, const Cal
                              float* mean, float* var) {
   const Layout layout(plan);
   const Sample places(plan, call.draw);
-  const Blocks blocks(call, layout);
   ChannelBuffers buffers(layout);
   finish_moments(call, moments_of_parts(kernels, call.tensors, parts, layout, *places), {0, layout.channels}, mean,
                  var, buffers);
-  const Tensors all = with_streaming(call.tensors, layout, kRowsCacheBytes, layout.channels);
+  const int64_t element = size_of(call.tensors.dtype);
+  Tensors all = with_streaming(call.tensors, layout, kRowsCacheBytes, layout.channels);
+  all.stream &= have_whole_lines(parts, element);
   over_shares(layout.count(), layout.threads, [&](Range share) {
-    char* const block = scratch_of<char, Of::thread>(blocks.bytes);
     Tensors t = all;
-    t.x = block;
-    each_block(share, blocks.rows, [&](int64_t first, int64_t count) {
-      PartRows(parts, blocks.element, count, [&](int64_t i) { return first + i; }).read_and_ask(block);
-      t.out = static_cast<char*>(all.out) + first * blocks.width;
-      kernels.forward_rows(t, buffers.view(), 0, count, layout.channels);
-    });
+    each_block_of_parts(parts, layout.channels, element, share,
+                        [&](const Part& part, const Columns& columns, int64_t first, int64_t count) {
+                          t.x = part.x;
+                          kernels.forward_columns(t, buffers.view(), columns, first, count);
+                        });
   });
 }
 
@@ -47,43 +62,36 @@ void concatenated_batch_norm_backward(const Kernels& kernels, const Plan& plan, 
                                       const float* mean, const float* var, float* sum_g_xhat, float* sum_g) {
   const Layout layout(plan);
   const Sample places(plan, call.draw);
-  const Blocks blocks(call, layout);
-  const auto* const dy = static_cast<const char*>(call.tensors.dy);
+  const int64_t element = size_of(call.tensors.dtype);
   ChannelBuffers buffers(layout);
   set_point(call, {0, layout.channels}, mean, var, buffers);
-  const bool around_caches = goes_around_caches(parts, blocks.element, layout.count());
+  const int64_t bytes = 3 * layout.elements() * element;  // of x, dy and dx
+  const bool around_caches = bytes > kBackwardCacheBytes && have_whole_lines(parts, element);
   Partials sums(layout.threads, layout.channels);
   parallel(layout.threads, [&](int thread) {
     std::vector<float> scratch(scratch_size(layout.channels));
-    char *const x = scratch_of<char, Of::thread>(2 * blocks.bytes), *const dx = x + blocks.bytes;
     Tensors t = call.tensors;
-    t.x = x, t.out = dx;
-    each_block(share_of(layout.count(), thread, layout.threads), blocks.rows, [&](int64_t first, int64_t count) {
-      const PartRows rows(parts, blocks.element, count, [&](int64_t i) { return first + i; });
-      rows.read_and_ask(x);
-      t.dy = dy + first * blocks.width;
-      kernels.backward_rows(t, buffers.view(), Backward::fused, 0, count, layout.channels, sums.at(thread),
-                            scratch.data());
-      rows.write(dx, around_caches);
-    });
+    t.stream = around_caches;
+    each_block_of_parts(parts, layout.channels, element, share_of(layout.count(), thread, layout.threads),
+                        [&](const Part& part, const Columns& columns, int64_t first, int64_t count) {
+                          t.x = part.x, t.out = part.dx;
+                          kernels.backward_columns(t, buffers.view(), columns, first, count, sums.at(thread),
+                                                   scratch.data());
+                        });
   });
   finish_sums(call, sums, {0, layout.channels}, places->count, var, sum_g_xhat, sum_g, buffers);
 
-  const Parts gradient{{dy, nullptr, layout.channels}};
-  std::vector<int64_t> offsets(blocks.rows);
-  for (int64_t i = 0; i < blocks.rows; ++i) offsets[i] = i * layout.channels;
+  const Correction correction(call.tensors, buffers);
   over_shares(places->size(), threads_for(layout, *places), [&](Range share) {
-    char *const x = scratch_of<char, Of::thread>(3 * blocks.bytes), *const dx = x + blocks.bytes,
-                *const g = dx + blocks.bytes;
-    Tensors t = call.tensors;
-    t.x = x, t.out = dx, t.dy = g;
-    each_block(share, blocks.rows, [&](int64_t first, int64_t count) {
-      const auto row = [&](int64_t i) { return places->offsets[first + i] / layout.channels; };
-      const PartRows rows(parts, blocks.element, count, row);
-      rows.read(x);
-      PartRows(gradient, blocks.element, count, row).read(g);
-      kernels.correct_rows(t, buffers.view(), layout.channels, {offsets.data(), &places->weights[first], count});
-      rows.write(dx);
+    std::vector<int64_t> rows(share.size());
+    for (int64_t i = 0; i < share.size(); ++i) rows[i] = places->offsets[share.begin + i] / layout.channels;
+    const Positions sampled{rows.data(), &places->weights[share.begin], share.size()};
+    each_part(parts, layout.channels, [&](const Part& part, const Columns& columns) {
+      if (!part.dx) return;
+      Tensors t = correction.tensors;
+      t.x = part.x, t.out = part.dx;
+      if (correction.tensors.in_place()) t.dy = part.dx;
+      kernels.correct_columns(t, correction.channels, columns, sampled);
     });
   });
 }

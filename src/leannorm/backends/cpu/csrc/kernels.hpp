@@ -64,6 +64,18 @@ struct Sampled {
   int64_t count;
 };
 
+// The same, as numbers of rows.
+struct Positions {
+  const int64_t* rows;
+  const float* weights;
+  int64_t count;
+};
+
+// Channels [first, first + size) of rows that are `width` wide in y and dy; in x and dx they are rows of their own.
+struct Columns {
+  int64_t first, size, width;
+};
+
 // Positions of weight 1 that lie side by side.
 struct Run {
   int64_t offset, length;
@@ -194,6 +206,13 @@ struct Kernels {
   void (*correct_rows)(const Tensors&, const Channels&, int64_t width, Sampled);
   void (*correct_planes)(const Tensors&, const Channels&, int64_t spatial, int64_t begin, int64_t end, Sampled);
   void (*correct_runs)(const Tensors&, const Channels&, int64_t spatial, int64_t begin, int64_t end, Runs);
+  // Of a part of a concatenation, for some rows, at most 128 of them; the channels and sums are those of all parts. Without
+  // an output backward gives the sums alone. Where dx takes the place of dy, which is then of the part, correct
+  // reads that.
+  void (*forward_columns)(const Tensors&, const Channels&, const Columns&, int64_t first, int64_t rows);
+  void (*backward_columns)(const Tensors&, const Channels&, const Columns&, int64_t first, int64_t rows, Sums,
+                           float* scratch);
+  void (*correct_columns)(const Tensors&, const Channels&, const Columns&, Positions);
   // Of depthwise convolutions. first and last are rows of outputs, counted over all samples; scratch holds the rows
   // that they are linked to, a row of results and tables, as depthwise.cpp counts them.
   void (*depthwise_at)(const Tensors&, const Depthwise&, const float* filters, const int64_t* positions, int64_t count,

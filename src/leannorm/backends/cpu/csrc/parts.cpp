@@ -4,17 +4,6 @@
 
 namespace leannorm {
 
-bool goes_around_caches(const Parts& parts, int64_t element, int64_t rows) {
-  constexpr int64_t kCacheBytes = 16 << 20;  // smaller ones are found in the caches where gradients are added up
-  int64_t width = 0;
-  for (const Part& part : parts) {
-    const int64_t bytes = part.channels * element;
-    if (bytes % kLine || !starts_a_line(part.dx)) return false;
-    width += bytes;
-  }
-  return 3 * rows * width > kCacheBytes;  // x, dy, dx
-}
-
 Partials moments_of_parts(const Kernels& kernels, const Tensors& tensors, const Parts& parts, const Layout& layout,
                           const Places& places) {
   const int threads = threads_for(layout, places);

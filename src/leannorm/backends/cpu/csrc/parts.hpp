@@ -1,15 +1,10 @@
-// The concatenation along channels of tensors in channels-last memory, which is never written: blocks of its rows are put
-// together in the caches.
+// The concatenation along channels of tensors in channels-last memory, which is never written.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
-
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
 
 #include "layout.hpp"
 
@@ -22,10 +17,7 @@ struct Part {
 };
 using Parts = std::vector<Part>;
 
-// Whether the gradients consist of whole cache lines, and there is more to backward than the caches hold.
-bool goes_around_caches(const Parts&, int64_t element, int64_t rows);
-
-// Some rows of the concatenation, which lie next to each other in a block, and in the parts at row(i).
+// Some rows of the concatenation: in the caches next to each other, put together in a block; in the parts at row(i).
 template <class Row>
 class PartRows {
  public:
@@ -39,20 +31,9 @@ class PartRows {
       copy(block + at, part.x + row * bytes, bytes);
     });
   }
-  // The same, and asks for as many rows behind them. The hardware does not, which sees a stretch of memory end.
-  void read_and_ask(char* block) const {
+  void write(const char* block) const {
     each([&](const Part& part, int64_t row, int64_t at, int64_t bytes) {
-      const char* const from = part.x + row * bytes;
-      copy(block + at, from, bytes);
-      for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(from + count_ * bytes + i);
-    });
-  }
-  void write(const char* block, bool around_caches = false) const {
-    each([&](const Part& part, int64_t row, int64_t at, int64_t bytes) {
-      if (!part.dx) return;
-      char* const to = part.dx + row * bytes;
-      if (around_caches) stream(to, block + at, bytes);
-      else copy(to, block + at, bytes);
+      if (part.dx) copy(part.dx + row * bytes, block + at, bytes);
     });
   }
   // Adds to gradients that have been written, of float32.
@@ -70,15 +51,6 @@ class PartRows {
     // by a size that the compiler knows, since rows of a part are short
     for (; bytes >= kLine; bytes -= kLine, to += kLine, from += kLine) std::memcpy(to, from, kLine);
     std::memcpy(to, from, bytes);
-  }
-
-  static void stream(char* to, const char* from, int64_t bytes) {
-#if defined(__SSE2__)
-    for (int64_t i = 0; i < bytes; i += sizeof(__m128i))
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
-#else
-    copy(to, from, bytes);
-#endif
   }
 
   // Part by part, as they lie in memory.
