@@ -1,6 +1,7 @@
 """fuse: a concatenation before a batch norm is read from where its parts lie, and nothing else changes."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -169,8 +170,9 @@ def test_densenet(joined, source):
     actions = {change.module: change.action for change in report.changes}
     assert actions["features.denseblock1.denselayer2.norm1"] == "concatenation + batch norm + relu"
     assert actions["features.denseblock1.denselayer2.norm2"] == "batch norm + relu"
+    assert actions["features.transition1.norm"] == "concatenation + batch norm + relu"
     assert_same_training(model, reference, x)
-    assert len(joined) == 5
+    assert [shape[1] for shape in joined] == [16, 24, 32, 40, 20, 28, 36]
     explained = {layer.module: layer for layer in leannorm.explain(model, x).layers}
     for name, action in actions.items():
         assert (explained[name].operator, "does not fit" in str(explained[name])) == (action, False)
@@ -189,9 +191,132 @@ def test_densenet_of_timm(joined):
     made = timm.models.densenet.DenseNet(growth_rate=8, block_config=(3, 2), num_classes=5)
     x = images(4, 3, 64, 64)
     model, reference, report = fused(made)
-    assert sum(change.action == "concatenation + batch norm + relu" for change in report.changes) == 5
+    assert sum(change.action == "concatenation + batch norm + relu" for change in report.changes) == 7
     assert_same_training(model, reference, x)
-    assert len(joined) == 5
+    assert len(joined) == 7
+
+
+def ends(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(*layers, nn.Conv2d(12, 3, 1))
+
+
+class Half(Block):
+    """A block with batch norm of its own whose output is a concatenation."""
+
+    join = staticmethod(lambda self, one, other: torch.cat([self.act(self.bn(one)), other], 1))
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(8)
+
+
+SEQUENCES = {
+    "layer": lambda: ends(Half(), nn.BatchNorm2d(12)),
+    "layer and activation": lambda: ends(Half(), nn.BatchNorm2d(12), nn.SiLU(inplace=True)),
+    "in a Sequential": lambda: ends(Half(), nn.Sequential(nn.BatchNorm2d(12), nn.ReLU(), nn.Dropout2d(0.5))),
+    "in two": lambda: ends(Half(), nn.Sequential(nn.Sequential(nn.BatchNorm2d(12)), nn.Hardswish())),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("convolution", [False, True], ids=["", "convolution"])
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_a_block_hands_its_parts_to_the_layer_behind_it(joined, name, convolution):
+    torch.manual_seed(0)
+    x = images(4, 3, 10, 10)
+    model, reference, report = fused(SEQUENCES[name](), example_inputs=x, convolution=convolution)
+    joins = [change for change in report.changes if change.action.startswith("concatenation + batch norm")]
+    assert len(joins) == 1
+    joined.clear()
+    assert_same_training(model, reference, x)
+    assert joined == [(4, 12, 10, 10)]
+    assert_same_training(pickle.loads(pickle.dumps(model)), copy.deepcopy(reference), x)
+    assert len(joined) == 2
+    assert_same_training(model.eval(), reference.eval(), x)
+    assert isinstance(model[0](x), torch.Tensor)
+    assert isinstance(model.train()[0](x), torch.Tensor)
+    assert len(joined) == 2
+
+
+def _watch_block(model, seen):
+    model[0].register_forward_hook(lambda m, given, y: seen.append(y.shape))
+
+
+def _watch_sequential(model, seen):
+    model[1].register_forward_pre_hook(lambda m, given: seen.append(given[0].shape))
+
+
+def _watch_layer(model, seen):
+    model[1][0].register_forward_pre_hook(lambda m, given: seen.append(given[0].shape))
+
+
+def _freeze(model, seen):
+    model[1].eval()
+
+
+def _freeze_layer(model, seen):
+    model[1][0].eval()
+
+
+def _freeze_block(model, seen):
+    model[0].eval()
+
+
+def _replace(model, seen):
+    model[1] = nn.InstanceNorm2d(12)
+
+
+def _exact(model, seen):
+    leannorm.convert(model, leannorm.FullBatch())
+
+
+def _insert(model, seen):
+    model.insert(1, nn.Identity())
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "change",
+    [_watch_block, _watch_sequential, _watch_layer, _freeze, _freeze_layer, _freeze_block, _replace, _exact, _insert],
+)
+@pytest.mark.parametrize("before", [True, False], ids=["before fuse", "after"])
+def test_what_hinders_a_block_s_parts_from_being_handed_on(joined, change, before):
+    torch.manual_seed(0)
+    x, seen = images(4, 3, 10, 10), []
+    model = SEQUENCES["in a Sequential"]()
+    if before:
+        change(model, seen)
+    model, reference, _ = fused(model)
+    if change is _exact:
+        leannorm.convert(reference, leannorm.FullBatch())
+    if not before or change is _exact:
+        for twin in (model, reference):
+            change(twin, seen)
+    assert_same_training(model, reference, x)
+    assert joined == []
+    assert set(seen) <= {(4, 12, 10, 10)}
+    assert len(seen) == (2 if change.__name__.startswith("_watch") else 0)
+
+
+def _changed_behind(self, one, other):
+    both = torch.cat([self.act(self.bn(one)), other], 1)
+    other.mul_(2)
+    return both
+
+
+def _rows(self, one, other):
+    return torch.cat([self.act(self.bn(one)), torch.cat([other, other], 1)], 2)
+
+
+@needs_kernels
+@pytest.mark.parametrize("form", [_changed_behind, _rows])
+def test_outputs_of_blocks_that_stay(joined, form):
+    torch.manual_seed(0)
+    x = images(4, 3, 10, 10)
+    half = type("Other", (Half,), {"join": staticmethod(form), "__module__": __name__})()
+    model, reference, _ = fused(nn.Sequential(half, nn.BatchNorm2d(8 if form is _rows else 12)))
+    assert_same_training(model, reference, x)
+    assert joined == []
 
 
 @needs_kernels

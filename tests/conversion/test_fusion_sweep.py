@@ -33,7 +33,7 @@ TIMM = {
         convmixer_1024_20_ks9_p14 convmixer_768_32 cpubone_b0_bfrobust cpubone_b1_dwnorm cs3darknet_focus_l cs3darknet_l
         cspnext_s cspnext_tiny cspresnet50 densenet121 densenetblur121d dla34 dla46x_c dla60_res2net dpn48b dpn68
         ecaresnet26t efficientnet_b0 efficientnetv2_rw_t efficientvim_m1 efficientvim_m1_dist efficientvit_b0
-        efficientvit_b1 ese_vovnet19b_slim fasternet_t0 fasternet_t1 fastvit_s12 fastvit_t8 ghostnet_050 ghostnetv3_050
+        efficientvit_b1 ese_vovnet19b_slim fasternet_t0 fasternet_t1 fastvit_s12 fastvit_t8 ghostnet_050
         hardcorenas_a hardcorenas_b hgnet_tiny hgnetv2_b1 hrnet_w18 hrnet_w18_small_v2 iformer_l iformer_m
         inception_next_atto inception_next_tiny lcnetv2_base lcnetv2_small legacy_seresnet18 legacy_seresnet34
         legacy_xception lowformer_b0 lowformer_b1 mixnet_s mobilenetv3_large_100 mobilenetv3_small_050 mobileone_s0
@@ -44,7 +44,7 @@ TIMM = {
         tiny_vit_11m_224 tiny_vit_5m_224 tresnet_m tresnet_v2_l vgg11_bn vovnet39a xception41 xception41p
     """,
     96: """
-        inception_resnet_v2 inception_v3 inception_v4
+        ghostnetv3_050 inception_resnet_v2 inception_v3 inception_v4
     """,
     224: """
         coatnet_nano_cc_224 efficientformer_l1 efficientformer_l3 efficientformerv2_s0 efficientformerv2_s1

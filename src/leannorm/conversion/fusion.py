@@ -35,6 +35,7 @@ def fuse(
 
     A concatenation along channels right before a layer (a DenseNet's) is neither written nor kept for backward where
     `leannorm.functional.concatenated_batch_norm` can; its parts are, and must not be changed in place before backward.
+    The layer may also begin what follows in a Sequential on the block whose output the concatenation is.
 
     With ``convolution`` the convolution or linear layer before a BN layer is computed in the same operator, so that its
     own output is neither written nor kept for backward. That needs sampled statistics: the few sampled outputs come

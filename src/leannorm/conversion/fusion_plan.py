@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TypeGuard
 
 from torch import fx, nn
@@ -13,19 +14,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.package.importer import sys_importer
 
 from leannorm.activation import Activation, activation_of
-from leannorm.conversion.fusion_rules import Match, concatenation_before, convolution_before, match, rewrite
+from leannorm.conversion.fusion_rules import (
+    Match,
+    concatenation_at_end,
+    concatenation_before,
+    convolution_before,
+    give_parts,
+    match,
+    rewrite,
+)
 from leannorm.conversion.fusion_trace import UntraceableError, positional_parameters, trace
 from leannorm.nn import folding
 from leannorm.nn.batchnorm import SampledBatchNorm
-from leannorm.nn.fused import (
-    Rewrite,
-    activation_step,
-    children_of_containers,
-    end_of_steps,
-    fused_class,
-    is_free,
-    is_observed,
-)
+from leannorm.nn.fused import activation_step, end_of_steps, fused_class, is_free, is_observed
+from leannorm.nn.rewrite import Rewrite, children_of_containers
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Plan:
         untraceable: modules without a graph, and why.
         convolutions: layers whose call computes the convolution before it too; None if none is to.
         apart: why a layer's convolution is not computed in its call.
+        joined: layers with a concatenation before them.
     """
 
     classes: dict[nn.Module, Rewrite | None] = field(default_factory=dict)
@@ -47,12 +50,16 @@ class Plan:
     untraceable: dict[nn.Module, str] = field(default_factory=dict)
     convolutions: set[SampledBatchNorm] | None = None
     apart: dict[nn.Module, str] = field(default_factory=dict)
+    joined: set[SampledBatchNorm] = field(default_factory=set)
     _tails: dict[nn.Module, Rewrite] = field(default_factory=dict)
+    _before_layers: set[nn.Module] = field(default_factory=set)  # modules that a Sequential calls right before one
 
     @classmethod
     def of(cls, model: nn.Module, *, convolution: bool = False) -> Plan:
         """Plan the fusing of a model whose BN layers are leannorm's where they can be."""
         plan = cls(convolutions=set() if convolution else None)
+        for module in filter(is_sequential, model.modules()):
+            plan._before_layers.update(one for one, other in _pairs(module) if _first_layer(other) is not None)
         for module in reversed(list(model.modules())):  # parts before what they are part of
             if isinstance(module, SampledBatchNorm):
                 plan._add_layer(module)
@@ -63,6 +70,9 @@ class Plan:
                     plan._add_block(module)
                 except UntraceableError as error:
                     plan.untraceable[module] = str(error)
+        for layer in plan.joined:  # exact statistics read it twice: it is written for them
+            if folding.refusal_of_statistics(layer.statistics) is None:
+                plan.actions[layer] = f"concatenation + {plan.actions.get(layer, 'batch norm')}"
         return plan
 
     def _add_layer(self, layer: SampledBatchNorm) -> None:
@@ -72,7 +82,15 @@ class Plan:
             self.actions[layer] = f"batch norm + {layer.activation}"
 
     def _add_sequential(self, module: nn.Module) -> None:
-        layers = [layer for layer in module._modules.values() if layer is not None]
+        for before, after in _pairs(module):
+            planned, layer = self.classes.get(before), _first_layer(after)
+            if layer is not None and planned is not None and planned.gives_parts:
+                self.joined.add(layer)
+                self.classes[module] = None
+                while after is not layer:  # Sequentials that begin with it
+                    self.classes[after] = None
+                    after = _layers(after)[0]
+        layers = _layers(module)
         for at, layer in enumerate(layers):
             if self._may_fold(layer):
                 reason = folding.refusal(layers[at - 1] if at else None)
@@ -93,13 +111,13 @@ class Plan:
                 self.reasons[layer] = "the activation after it has hooks"
 
     def _add_block(self, block: nn.Module) -> None:
-        if not any(self._is_callable(part) for part in _callable_parts(block)):
+        if block not in self._before_layers and not any(map(self._is_callable, _callable_parts(block))):
             return
         modules = dict(block.named_modules(remove_duplicate=False))
         graphs = _graphs(block)
-        matches, used, alone, apart, joined = {}, {}, {}, {}, set()
+        matches, used, alone, apart = {}, {}, {}, {}
         for kinds, graph in graphs.items():
-            matches[kinds] = self._matches(graph, modules, alone, apart, joined)
+            matches[kinds] = self._matches(graph, modules, alone, apart)
             used |= {modules[str(found.call.target)]: found.action for found in matches[kinds] if found.steps}
         last = {kinds: self._output(graph, modules) for kinds, graph in graphs.items()}
         tails = {str(call.target) if call is not None else None for call in last.values()}
@@ -107,11 +125,17 @@ class Plan:
         constants: list[Activation] = []
         for kinds, graph in graphs.items():
             rewrite(graph, matches[kinds], last[kinds] if tail is not None else None, constants)
+        ends = [concatenation_at_end(graph) for graph in graphs.values()]
+        gives = block in self._before_layers and not is_observed(block) and None not in ends
+        for graph, end in zip(graphs.values(), ends, strict=True):
+            if gives and end is not None:
+                give_parts(graph, end)
         planned = Rewrite(
             tuple((kinds, _source(graph)) for kinds, graph in graphs.items()),
             *positional_parameters(type(block).forward),
             tuple(constants),
             tail,
+            gives,
             children_of_containers(block),
         )
         try:
@@ -120,7 +144,7 @@ class Plan:
             raise UntraceableError(f"its fused forward cannot be made: {error}") from error
         if tail is not None:
             self._tails[block] = planned
-        if any(matches.values()):
+        if gives or any(matches.values()):
             self.classes[block] = planned
         for layer, reason in alone.items():
             self.actions.pop(layer, None)
@@ -128,9 +152,6 @@ class Plan:
                 self.reasons[layer] = reason
         for layer, action in used.items():
             self._use(layer, action)
-        for layer in joined:  # exact statistics read it twice: it is written for them
-            if folding.refusal_of_statistics(layer.statistics) is None:
-                self.actions[layer] = f"concatenation + {self.actions.get(layer, 'batch norm')}"
         for layer, reason in apart.items():
             self._fold(layer, reason)
 
@@ -140,13 +161,11 @@ class Plan:
         modules: dict[str, nn.Module],
         alone: dict[nn.Module, str | None],
         apart: dict[SampledBatchNorm, str | None],
-        joined: set[nn.Module],
     ) -> list[Match]:
         """Find the matches of a graph, layers before modules that end in one, the last call first.
 
         ``alone`` gets the layers that the graph calls without steps, with the reason if something hinders; ``apart``
-        those whose call may compute the convolution before it, with the reason if none of their calls does; ``joined``
-        those with a concatenation before them.
+        those whose call may compute the convolution before it, with the reason if none of their calls does.
         """
         calls = [node for node in graph.nodes if node.op == "call_module"]
         calls = [node for node in reversed(calls) if self._is_callable(modules[str(node.target)])]
@@ -168,7 +187,7 @@ class Plan:
                     apart.setdefault(layer, before)
             if is_free(layer) and (before := concatenation_before(found)) is not None:
                 found = dataclasses.replace(found, before=before)
-                joined.add(layer)
+                self.joined.add(layer)
             if found.steps or found.before is not None or (call in convolved and is_free(layer)):
                 matches.append(found)
                 taken.update(found.nodes)
@@ -228,6 +247,23 @@ class Plan:
 def is_sequential(module: nn.Module) -> bool:
     """Whether a module computes what `torch.nn.Sequential` does."""
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def _layers(sequential: nn.Module) -> list[nn.Module]:
+    return [layer for layer in sequential._modules.values() if layer is not None]
+
+
+def _pairs(sequential: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Give what is called one after the other."""
+    return pairwise(_layers(sequential))
+
+
+def _first_layer(module: nn.Module) -> SampledBatchNorm | None:
+    """Give the layer that a module begins with, if nothing from outside sees what it is called with."""
+    if is_sequential(module) and not is_observed(module):
+        layers = _layers(module)
+        return _first_layer(layers[0]) if layers else None
+    return module if is_free(module) else None
 
 
 def has_own_forward(module: nn.Module) -> bool:

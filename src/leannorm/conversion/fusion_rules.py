@@ -6,7 +6,7 @@ import operator
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from types import BuiltinFunctionType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from leannorm.activation import Activation, activation_of, as_activation
 from leannorm.nn import folding
-from leannorm.nn.fused import activation_step, chain, is_identity, preactivation
+from leannorm.nn.fused import activation_step, chain, is_identity, join, preactivation
 
 _ADD, _ADD_INTO = {operator.add, torch.add, "add"}, {operator.iadd, "add_"}
 _PLAIN = {
@@ -73,11 +73,23 @@ def convolution_before(found: Match, modules: Mapping[str, nn.Module]) -> fx.Nod
 def concatenation_before(found: Match) -> fx.Node | None:
     """Find the concatenation along channels that a layer's call normalizes, if the call can compute it."""
     value = next(iter(found.call.args), None)
+    return value if _is_concatenation(value) and _reads_late(value, found.nodes) else None
+
+
+def concatenation_at_end(graph: fx.Graph) -> fx.Node | None:
+    """Find the concatenation along channels that is a graph's output."""
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    (value,) = output.args
+    return value if _is_concatenation(value) and _reads_late(value, (output,)) else None
+
+
+def _is_concatenation(value: Any) -> TypeGuard[fx.Node]:
+    """Whether a value is a concatenation along channels that is used once."""
     if not isinstance(value, fx.Node) or value.op != "call_function" or value.target not in _CONCATENATE:
-        return None
+        return False
     given = dict(zip(("tensors", "dim"), value.args, strict=False)) | value.kwargs
-    plain = given.keys() == {"tensors", "dim"} and given["dim"] == 1 and len(value.args) > 0
-    return value if plain and len(value.users) == 1 and _reads_late(value, found.nodes) else None
+    plain = given.keys() == {"tensors", "dim"} and given["dim"] == 1
+    return bool(plain) and len(value.args) > 0 and len(value.users) == 1
 
 
 def _reads_late(before: fx.Node, steps: tuple[fx.Node, ...]) -> bool:
@@ -145,6 +157,17 @@ def match(call: fx.Node, modules: Mapping[str, nn.Module], taken: Set[fx.Node]) 
         if activation is not None:
             break
     return Match(call, tuple(steps[:useful]), tuple(nodes[:useful]), " + ".join(["batch norm", *words]))
+
+
+def give_parts(graph: fx.Graph, concatenation: fx.Node) -> None:
+    """Let a graph whose output is a concatenation give the parts instead where its last argument is true."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    with graph.inserting_after(placeholders[-1]):
+        apart = graph.placeholder("parts_stay_apart")
+    with graph.inserting_before(concatenation):
+        joined = graph.call_function(join, (concatenation.args[0], apart))
+    concatenation.replace_all_uses_with(joined)
+    graph.erase_node(concatenation)
 
 
 def rewrite(graph: fx.Graph, matches: list[Match], tail: fx.Node | None, constants: list[Activation]) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from leannorm.nn.fused import KINDS
+from leannorm.nn.rewrite import KINDS
 
 
 class UntraceableError(Exception):
@@ -117,7 +117,7 @@ def trace(block: nn.Module, kinds: tuple[str, ...], *, children_train: bool = Tr
 
     Args:
         block: the module.
-        kinds: of the first positional arguments, keys of `leannorm.nn.fused.KINDS`; all others have their defaults.
+        kinds: of the first positional arguments, keys of `leannorm.nn.rewrite.KINDS`; all others have their defaults.
         children_train: the mode that its descendants show.
 
     Returns:

@@ -11,7 +11,6 @@ import functools
 import linecache
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, TypeGuard
 
@@ -24,6 +23,7 @@ from leannorm.nn.batchnorm import SampledBatchNorm
 from leannorm.nn.concatenation import Concatenation, concatenation
 from leannorm.nn.folding import is_observed
 from leannorm.nn.preactivation import PreactivatedFold, Preactivation, preactivated
+from leannorm.nn.rewrite import Rewrite, kinds_of
 from leannorm.nn.tracing import is_traced
 from leannorm.ops.definition import activate
 
@@ -42,7 +42,7 @@ def chain(
     dtype comes first, an activation last, and no hook wants to see what lies between. Several tensors, a list or a
     tuple, are concatenated along channels first, and a ``convolution`` comes before the layer; in the same operator
     where `leannorm.nn.concatenation` and `leannorm.nn.folding` can; with the layer before the convolution, which is the
-    ``input`` then, where `leannorm.nn.preactivation` can.
+    ``input`` then, where `leannorm.nn.preactivation` can. A Sequential that begins with such a layer passes them on.
     """
     if isinstance(input, Preactivation):
         both = preactivated(input, convolution, layer) if convolution is not None and is_free(layer) else None
@@ -50,6 +50,8 @@ def chain(
             return chain(layer, input.computed(), steps, convolution)
         return _with_what_is_before(layer, input.inputs[0], both, steps)
     if isinstance(input, list | tuple):
+        if isinstance(layer, FusedSequential) and joins(layer):
+            return layer(input, fused_steps=steps) if takes_steps(layer) else _follow(layer(input), steps)
         joined = concatenation(layer, input) if is_free(layer) else None
         if joined is None:
             return chain(layer, torch.cat(input, 1), steps)
@@ -148,38 +150,6 @@ def _operands(
     return residual, activation
 
 
-@dataclass(frozen=True)
-class Rewrite:
-    """How a fused block computes in training mode: source text, so that it pickles.
-
-    Args:
-        forwards: for the kinds of a call's arguments (keys of `KINDS`) the source of the forward that holds for them;
-            any other call computes by the block's own forward.
-        parameters: names of the own forward's positional parameters, as far as the optional ones are None by default.
-        required: how many of them have no default.
-        constants: activations that the sources name ``self._fused_activation_0`` and so on.
-        tail: qualified name of the layer that takes the steps after the block's own call, if there is one.
-        containers: what `children_of_containers` gave; where it has changed, the block computes by its own forward.
-    """
-
-    forwards: tuple[tuple[tuple[str, ...], str], ...]
-    parameters: tuple[str, ...]
-    required: int
-    constants: tuple[Activation, ...] = ()
-    tail: str | None = None
-    containers: tuple[tuple[str, tuple[str, ...]], ...] = ()
-
-
-KINDS: dict[str, type] = {"tensor": Tensor, "list": list}
-
-
-def _kind(argument: object) -> str:
-    for name, kind in KINDS.items():
-        if isinstance(argument, kind):
-            return name
-    return ""
-
-
 class Fused(nn.Module):
     """Base of the classes that fusing gives to modules, as `torch.nn.utils.parametrize` does; see `fused_class`.
 
@@ -236,8 +206,11 @@ class FusedSequential(Fused):
             end = at + 1
             if takes_steps(layers[at]):
                 end = end_of_steps(layers, end)
-            following = (*layers[at + 1 : end], *(fused_steps if end == len(layers) else ()))
-            value = chain(layers[at], value, following, convolution)
+            if end < len(layers) and gives_parts(layers[at]) and joins(layers[end]):
+                value = layers[at](value, fused_parts=True)
+            else:
+                following = (*layers[at + 1 : end], *(fused_steps if end == len(layers) else ()))
+                value = chain(layers[at], value, following, convolution)
             at = end
         return value
 
@@ -250,28 +223,30 @@ def precedes_its_layer(layers: list[nn.Module], at: int) -> bool:
     return folding.refusal(layers[at]) is None
 
 
+def joins(module: nn.Module) -> TypeGuard[SampledBatchNorm | FusedSequential]:
+    """Whether a module begins with a layer that can be called with the parts of a concatenation."""
+    if isinstance(module, FusedSequential) and module.training and not is_observed(module):
+        first = next((layer for layer in module._modules.values() if layer is not None), None)
+        return first is not None and joins(first)
+    return is_free(module)
+
+
+def gives_parts(module: nn.Module) -> bool:
+    """Whether a module can give the parts of the concatenation that is its output."""
+    return isinstance(module, FusedBlock) and module._fused_rewrite.gives_parts and not is_observed(module)
+
+
+def join(parts: list[Tensor] | tuple[Tensor, ...], apart: bool) -> Tensor | list[Tensor] | tuple[Tensor, ...]:
+    """Concatenate along channels, but where the parts are to stay apart."""
+    return parts if apart else torch.cat(parts, 1)
+
+
 def end_of_steps(layers: list[nn.Module], start: int) -> int:
     """Give the index after the identities and the activation that begin at ``start``; ``start`` if there are none."""
     end = start
     while end < len(layers) and is_identity(layers[end]):
         end += 1
     return end + 1 if end < len(layers) and activation_step(layers[end]) is not None else start
-
-
-def children_of_containers(block: nn.Module) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Give the names of a block's children, and of those in its containers, whose children it may call, by path."""
-    found = [("", tuple(block._modules))]
-    for name, child in block.named_children():
-        if isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential):
-            found += [(f"{name}.{path}".rstrip("."), names) for path, names in children_of_containers(child)]
-    return tuple(found)
-
-
-def _submodule(module: nn.Module, path: str) -> nn.Module:
-    for name in path.split("."):
-        child = module._modules[name]
-        module = module if child is None else child  # not by its truth: an empty Sequential is false
-    return module
 
 
 # Set by torch itself on any module.
@@ -297,33 +272,20 @@ class FusedBlock(Fused):
         return super().__setattr__(name, value)
 
 
-def compute(block: FusedBlock, args: tuple[Any, ...], kwargs: dict[str, Any], steps: tuple[Step, ...]) -> Any:
-    """Compute what a block's own forward and then the steps would."""
-    given = _arguments(block._fused_rewrite, args, kwargs) if block.training else None
-    if given is not None and _has_its_children(block):
-        forward = block._fused_forwards.get(tuple(map(_kind, given)))
+def compute(
+    block: FusedBlock, args: tuple[Any, ...], kwargs: dict[str, Any], steps: tuple[Step, ...], parts: bool
+) -> Any:
+    """Compute what a block's own forward and then the steps would; where asked for, the parts of a concatenation if
+    they can be given.
+    """
+    rewrite = block._fused_rewrite
+    given = rewrite.arguments(args, kwargs) if block.training else None
+    if given is not None and rewrite.knows_children_of(block):
+        forward = block._fused_forwards.get(kinds_of(given))
         if forward is not None:
-            return forward(block, *given) if block._fused_rewrite.tail is None else forward(block, *given, steps)
+            further = (steps,) if rewrite.tail is not None else (parts,) if rewrite.gives_parts else ()
+            return forward(block, *given, *further)
     return _follow(block._fused_original.forward(block, *args, **kwargs), steps)
-
-
-def _arguments(rewrite: Rewrite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
-    """Give a call's arguments by position, without a trailing None; or None where that cannot be said."""
-    names, taken = rewrite.parameters, 0
-    while taken < len(kwargs) and len(args) < len(names) and names[len(args)] in kwargs:
-        args += (kwargs[names[len(args)]],)
-        taken += 1
-    while len(args) > rewrite.required and args[-1] is None:
-        args = args[:-1]
-    return args if taken == len(kwargs) and len(args) <= len(names) else None
-
-
-def _has_its_children(block: FusedBlock) -> bool:
-    """Whether no child has come or gone since the block was traced."""
-    for path, names in block._fused_rewrite.containers:
-        if tuple((_submodule(block, path) if path else block)._modules) != names:
-            return False
-    return True
 
 
 @functools.cache
@@ -346,8 +308,10 @@ def fused_class(original: type[nn.Module], rewrite: Rewrite | None) -> type[Fuse
         }
 
         @functools.wraps(original.forward)
-        def forward(self: FusedBlock, *args: Any, fused_steps: tuple[Step, ...] = (), **kwargs: Any) -> Any:
-            return compute(self, args, kwargs, fused_steps)
+        def forward(
+            self: FusedBlock, *args: Any, fused_steps: tuple[Step, ...] = (), fused_parts: bool = False, **kwargs: Any
+        ) -> Any:
+            return compute(self, args, kwargs, fused_steps, fused_parts)
 
         members["forward"] = forward
     metaclass: Any = type(original)
