@@ -5,6 +5,7 @@ from __future__ import annotations
 from leannorm.backends import aten, conv_batch_norm, cpu, triton
 from leannorm.backends.choice import serving, takes
 from leannorm.backends.cpu.concatenated import takes as takes_concatenation
+from leannorm.backends.cpu.convolution import takes_depthwise
 from leannorm.backends.cpu.extension import empty_cache
 from leannorm.backends.cpu.preactivated import takes as takes_preactivated
 
@@ -16,6 +17,7 @@ __all__ = [
     "serving",
     "takes",
     "takes_concatenation",
+    "takes_depthwise",
     "takes_preactivated",
     "triton",
 ]

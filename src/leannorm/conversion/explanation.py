@@ -106,8 +106,8 @@ class _Fusing:
     def __init__(self, model: nn.Module) -> None:
         copied = copy.deepcopy(model)
         self.done = any(isinstance(module, Fused) for module in copied.modules())
-        folds = any(getattr(module, "folds_convolution", False) for module in copied.modules())
-        report = fuse(copied, convolution=folds)[1]
+        folds = any(getattr(module, "folds_convolution", False) is True for module in copied.modules())
+        report = fuse(copied, convolution=folds or None)[1]
         self.actions = {change.module: change.action for change in report.changes}
         self.refusals = {refusal.module: refusal.reason for refusal in report.refusals}
 

@@ -16,6 +16,7 @@ from leannorm.conversion.fusion_check import difference, training_outputs
 from leannorm.conversion.fusion_plan import Plan, has_own_forward, is_sequential
 from leannorm.conversion.swap import abandon, adopt, unfuse
 from leannorm.nn.batchnorm import SampledBatchNorm
+from leannorm.nn.folding import NATIVELY
 from leannorm.nn.fused import fused_class
 from leannorm.records import Change, Refusal, TransformReport
 
@@ -23,7 +24,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def fuse(
-    model: M, example_inputs: Tensor | tuple[Any, ...] | None = None, *, convolution: bool = False
+    model: M, example_inputs: Tensor | tuple[Any, ...] | None = None, *, convolution: bool | None = None
 ) -> tuple[M, TransformReport]:
     """Compute each BN layer with the addition and the activation after it in one operator; in place.
 
@@ -37,22 +38,25 @@ def fuse(
     `leannorm.functional.concatenated_batch_norm` can; its parts are, and must not be changed in place before backward.
     The layer may also begin what follows in a Sequential on the block whose output the concatenation is.
 
-    With ``convolution`` the convolution or linear layer before a BN layer is computed in the same operator, so that its
-    own output is neither written nor kept for backward. That needs sampled statistics: the few sampled outputs come
-    first, and give the scale of the filters and the shift (`leannorm.functional.conv_batch_norm`). Where a call does
-    not fit (eval mode, frozen, statistics of all elements, hooks on the convolution) it computes as without. A
-    pointwise convolution between two layers (a DenseNet's bottleneck) is computed with both of them, where
+    The convolution or linear layer before a BN layer can be computed in the same operator, so that its own output is
+    neither written nor kept for backward: unless told otherwise depthwise ones, which are bound by memory as BN is, so
+    that a native kernel takes little more for both than for either. That needs sampled statistics: the few sampled
+    outputs come first, and give the scale of the filters and the shift (`leannorm.functional.conv_batch_norm`). Where
+    a call does not fit (eval mode, frozen, statistics of all elements, hooks on the convolution) it computes as without.
+    A pointwise convolution between two layers (a DenseNet's bottleneck) is computed with both of them, where
     `leannorm.functional.preactivated_conv_batch_norm` can: nothing between them is written or kept.
 
     Args:
         model: any module.
         example_inputs: the arguments of a call, a tensor or a tuple. With them the model's training outputs before and
             after are compared, and if they differ nothing is fused.
-        convolution: compute the convolution before a BN layer in its operator too.
+        convolution: compute the convolution before a BN layer in its operator too: True wherever it can be, None only
+            depthwise 2d ones, and those only in calls for which native kernels do both in one pass over memory (on a
+            CPU, in channels-last memory, not compiled), False none.
 
     Returns:
         The model, and a report of every BN layer: what its operator computes, or why it is left alone; with
-        ``convolution`` also why a layer's convolution stays apart.
+        ``convolution=True`` also why a layer's convolution stays apart.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
     >>> fuse(model)[1].changes
@@ -66,10 +70,10 @@ def fuse(
     for module, rewrite in plan.classes.items():
         module.__class__ = fused_class(type(module), rewrite)
     failure = None if inputs is None else _failure(model, inputs, expected)
-    if convolution and failure is None:
+    if plan.convolutions and failure is None:
         expected = [] if inputs is None else training_outputs(model, inputs, exact=False)
-        for layer in plan.convolutions or ():
-            layer.folds_convolution = True
+        for layer in plan.convolutions:
+            layer.folds_convolution = True if convolution else NATIVELY
         failure = None if inputs is None else _failure(model, inputs, expected, exact=False)
     if failure is not None:
         unfuse(model)
@@ -81,9 +85,9 @@ def fuse(
         if not isinstance(module, _BatchNorm):
             continue
         reason = reasons.get(module) or _reason(model, name, module, plan)
-        if reason is None or (plan.convolutions and module in plan.convolutions and module not in plan.apart):
+        if reason is None or (module in plan.convolutions and module not in plan.apart):
             changes.append(Change(name, _action(module, plan)))
-            if module in plan.apart:
+            if convolution and module in plan.apart:
                 refusals.append(Refusal(name, f"its convolution stays apart: {plan.apart[module]}"))
         else:
             refusals.append(Refusal(name, reason))
@@ -94,7 +98,7 @@ def fuse(
 
 def _action(layer: nn.Module, plan: Plan) -> str:
     action = plan.actions.get(layer, "batch norm")
-    folded = plan.convolutions and layer in plan.convolutions and layer not in plan.apart
+    folded = layer in plan.convolutions and layer not in plan.apart
     return f"convolution + {action}" if folded else action
 
 

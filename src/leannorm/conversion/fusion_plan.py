@@ -39,25 +39,27 @@ class Plan:
         actions: what the call of a layer computes, in words.
         reasons: why a layer is left alone.
         untraceable: modules without a graph, and why.
-        convolutions: layers whose call computes the convolution before it too; None if none is to.
+        convolution: as of `leannorm.fuse`.
+        convolutions: layers whose call computes the convolution before it too.
         apart: why a layer's convolution is not computed in its call.
         joined: layers with a concatenation before them.
     """
 
+    convolution: bool | None = None
     classes: dict[nn.Module, Rewrite | None] = field(default_factory=dict)
     actions: dict[nn.Module, str] = field(default_factory=dict)
     reasons: dict[nn.Module, str] = field(default_factory=dict)
     untraceable: dict[nn.Module, str] = field(default_factory=dict)
-    convolutions: set[SampledBatchNorm] | None = None
+    convolutions: set[SampledBatchNorm] = field(default_factory=set)
     apart: dict[nn.Module, str] = field(default_factory=dict)
     joined: set[SampledBatchNorm] = field(default_factory=set)
     _tails: dict[nn.Module, Rewrite] = field(default_factory=dict)
     _before_layers: set[nn.Module] = field(default_factory=set)  # modules that a Sequential calls right before one
 
     @classmethod
-    def of(cls, model: nn.Module, *, convolution: bool = False) -> Plan:
+    def of(cls, model: nn.Module, *, convolution: bool | None = None) -> Plan:
         """Plan the fusing of a model whose BN layers are leannorm's where they can be."""
-        plan = cls(convolutions=set() if convolution else None)
+        plan = cls(convolution)
         for module in filter(is_sequential, model.modules()):
             plan._before_layers.update(one for one, other in _pairs(module) if _first_layer(other) is not None)
         for module in reversed(list(model.modules())):  # parts before what they are part of
@@ -93,7 +95,7 @@ class Plan:
         layers = _layers(module)
         for at, layer in enumerate(layers):
             if self._may_fold(layer):
-                reason = folding.refusal(layers[at - 1] if at else None)
+                reason = self._refusal(layers[at - 1] if at else None)
                 self._fold(layer, reason)
                 if reason is None:
                     self.classes[module] = None
@@ -179,7 +181,7 @@ class Plan:
                     alone[layer] = found if isinstance(found, str) else None
             found = Match(call) if isinstance(found, str) else found
             if self._may_fold(layer):
-                before = convolution_before(found, modules)
+                before = convolution_before(found, modules, self._refusal)
                 if isinstance(before, fx.Node):
                     found, apart[layer] = dataclasses.replace(found, before=before), None
                     convolved.add(before.args[0])
@@ -195,7 +197,6 @@ class Plan:
 
     def _fold(self, layer: SampledBatchNorm, reason: str | None) -> None:
         """Note that a layer's call computes the convolution before it, or why not."""
-        assert self.convolutions is not None
         self.convolutions.discard(layer)
         self.apart.pop(layer, None)
         if reason is None:
@@ -209,7 +210,13 @@ class Plan:
         return self._tail(module) is not None or is_free(module)
 
     def _may_fold(self, module: nn.Module) -> TypeGuard[SampledBatchNorm]:
-        return self.convolutions is not None and is_free(module)
+        return self.convolution is not False and is_free(module)
+
+    def _refusal(self, module: nn.Module | None) -> str | None:
+        """Give the reason why the batch norm after a module does not compute it, or None."""
+        if self.convolution is None and not folding.is_depthwise(module):
+            return "it is no depthwise convolution; leannorm.fuse(model, convolution=True) asks for others"
+        return folding.refusal(module)
 
     def _output(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> fx.Node | None:
         """Give the layer's call that is the output, if it is."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from types import BuiltinFunctionType
 from typing import Any, TypeGuard
@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from leannorm.activation import Activation, activation_of, as_activation
-from leannorm.nn import folding
 from leannorm.nn.fused import activation_step, chain, is_identity, join, preactivation
 
 _ADD, _ADD_INTO = {operator.add, torch.add, "add"}, {operator.iadd, "add_"}
@@ -53,11 +52,13 @@ class Match:
         return self.nodes[-1] if self.nodes else self.call
 
 
-def convolution_before(found: Match, modules: Mapping[str, nn.Module]) -> fx.Node | str:
+def convolution_before(
+    found: Match, modules: Mapping[str, nn.Module], refusal: Callable[[nn.Module | None], str | None]
+) -> fx.Node | str:
     """Find the convolution whose output a layer's call normalizes, or the reason why the call cannot compute it."""
     value = next(iter(found.call.args), None)
     module = modules[str(value.target)] if isinstance(value, fx.Node) and value.op == "call_module" else None
-    reason = folding.refusal(module)
+    reason = refusal(module)
     if reason is not None:
         return reason
     assert isinstance(value, fx.Node)

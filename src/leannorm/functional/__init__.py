@@ -12,6 +12,7 @@ from leannorm.functional.sampled import (
     moments,
     snapshot,
     takes_concatenation,
+    takes_depthwise,
 )
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "scale_shift",
     "snapshot",
     "takes_concatenation",
+    "takes_depthwise",
     "takes_preactivated",
     "transform",
 ]

@@ -125,6 +125,13 @@ def concatenated_batch_norm(
     return batch_norm(x, weight, bias, statistics=statistics, eps=eps, residual=residual, activation=activation)
 
 
+def takes_depthwise(input: Tensor, weight: Tensor, groups: int) -> bool:
+    """Whether native kernels compute `conv_batch_norm` of a depthwise convolution in one pass over memory: 2d, on the
+    CPU, in channels-last memory; not under `torch.compile`, which has convolutions of its own.
+    """
+    return not torch.compiler.is_compiling() and backends.takes_depthwise(input, weight, groups)
+
+
 def takes_concatenation(inputs: Sequence[Tensor]) -> bool:
     """Whether a kernel reads the concatenation of these along their channels from where they lie: in eager mode, on the
     CPU, in channels-last memory, of one dtype and different in channels alone.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ class SampledBatchNorm(Unscriptable, _BatchNorm):
     activation: Activation | None = None
     guard_nonfinite: bool = False
     frozen: bool = False
-    folds_convolution: bool = False
+    folds_convolution: bool | Literal["natively"] = False  # in its call: wherever it fits, or by native kernels alone
     decomposes: bool = False
     place: int = 0
     virtual_mark: VirtualMark | None = None

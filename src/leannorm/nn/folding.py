@@ -6,7 +6,7 @@ see `leannorm.ops.conv_batch_norm`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Foldable = Convolution | nn.Linear
 _CAST = (torch.float32, torch.float16, torch.bfloat16)  # by autocast
+NATIVELY: Final = "natively"
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -83,9 +84,20 @@ def fold(module: nn.Module, layer: SampledBatchNorm, input: Tensor) -> Fold | No
     shape = _shape(module, input)
     if any(size < 1 for size in shape):
         return None
+    if layer.folds_convolution == NATIVELY and not _is_native(module, input):
+        return None
     by_rows = memory_format(input, module.weight) == torch.contiguous_format
     regions = layer.statistics.regions(shape, layer.place, by_rows)
     return Fold(module, shape, dtype, regions) if regions.boxes and regions.inverse_count < 1 else None
+
+
+def _is_native(module: Foldable, input: Tensor) -> bool:
+    """Whether native kernels compute a convolution and the batch norm after it in one pass over memory."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.padding_mode == "zeros"
+        and functional.takes_depthwise(input, module.weight, module.groups)
+    )
 
 
 def is_observed(module: nn.Module) -> bool:
@@ -111,6 +123,11 @@ def refusal(module: object) -> str | None:
     if any(getattr(type(module), name, None) is not getattr(base, name, None) for name in ("forward", "_conv_forward")):
         return f"the {type(module).__name__} before it has a forward of its own"
     return None
+
+
+def is_depthwise(module: object) -> bool:
+    """Whether a module is a 2d convolution of each channel by itself."""
+    return isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels == module.out_channels
 
 
 def refusal_of_statistics(statistics: Statistics) -> str | None:

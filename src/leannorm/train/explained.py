@@ -49,7 +49,7 @@ def explain_spelled(
         raise ValueError(f"{model} cannot be built on {device!r}: {error}") from error
     leannorm.convert(network, target)
     if fuse:
-        leannorm.fuse(network, convolution=convolution)
+        leannorm.fuse(network, convolution=convolution or None)
     try:
         return leannorm.explain(network, images)
     except (RuntimeError, AssertionError) as error:  # some of torchvision's models assert their input's size

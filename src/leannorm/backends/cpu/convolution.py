@@ -36,25 +36,36 @@ def plan(
     weights: Sequence[float],
 ) -> Any:
     """Give what the kernels know of a call, or None where they do not take it."""
-    if (
-        x.ndim != 4
-        or type(x) not in PLAIN
-        or type(weight) not in PLAIN
-        or not (x.is_cpu and weight.is_cpu)
-        or x.dtype not in DTYPES
-        or weight.dtype not in DTYPES
-        or extension.kernels is None
-        or x.numel() == 0
-        or not x.is_contiguous(memory_format=torch.channels_last)
-        or memory_format(x, weight) != torch.channels_last
-    ):
+    places, rest = tuple(stride), (tuple(boxes), tuple(weights), draw is not None)
+    if takes_depthwise(x, weight, groups):
+        return _depthwise(x.shape, weight.shape[2:], places, tuple(padding), tuple(dilation), *rest)
+    if not _takes(x, weight):
         return None
-    kernel, places, rest = weight.shape[2:], tuple(stride), (tuple(boxes), tuple(weights), draw is not None)
-    if 1 < groups == x.shape[1] == weight.shape[0] and kernel.numel() <= _MOST_TAPS:
-        return _depthwise(x.shape, kernel, places, tuple(padding), tuple(dilation), *rest)
     if groups == 1 and not any(padding) and x.dtype is torch.float32 and takes_pointwise(weight):
         return pointwise_plan(x.shape, len(weight), places, *rest)
     return None
+
+
+def takes_depthwise(x: Tensor, weight: Tensor, groups: int) -> bool:
+    """Whether the kernels take a depthwise convolution."""
+    few_taps = weight.shape[2:].numel() <= _MOST_TAPS
+    return groups > 1 and groups == x.shape[1] == weight.shape[0] and few_taps and _takes(x, weight)
+
+
+def _takes(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.ndim == 4
+        and type(x) in PLAIN
+        and type(weight) in PLAIN
+        and x.is_cpu
+        and weight.is_cpu
+        and x.dtype in DTYPES
+        and weight.dtype in DTYPES
+        and extension.kernels is not None
+        and x.numel() > 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and memory_format(x, weight) == torch.channels_last
+    )
 
 
 def takes_pointwise(weight: Tensor) -> bool:
