@@ -42,8 +42,8 @@ def fuse(
     neither written nor kept for backward: unless told otherwise depthwise ones, which are bound by memory as BN is, so
     that a native kernel takes little more for both than for either. That needs sampled statistics: the few sampled
     outputs come first, and give the scale of the filters and the shift (`leannorm.functional.conv_batch_norm`). Where
-    a call does not fit (eval mode, frozen, statistics of all elements, hooks on the convolution) it computes as without.
-    A pointwise convolution between two layers (a DenseNet's bottleneck) is computed with both of them, where
+    a call does not fit (eval mode, frozen, exact statistics, hooks on the convolution) it computes as without. A
+    pointwise convolution between two layers (a DenseNet's bottleneck) is computed with both of them, where
     `leannorm.functional.preactivated_conv_batch_norm` can: nothing between them is written or kept.
 
     Args:
