@@ -164,6 +164,16 @@ def test_autocast_takes_it_too():
     torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_of_torch_see_its_convolutions():
+    layers = [nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8, track_running_stats=False), nn.SiLU()]
+    model, reference, _ = fused(nn.Sequential(*layers))
+    x = torch.stack([images(4, 8, 12, 12), images(4, 8, 12, 12) * 2])
+    found = torch.func.vmap(model)(x)
+    for one, given in zip(found, x, strict=True):
+        torch.testing.assert_close(one, reference(given), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_the_compiler_keeps_its_convolutions():
     model, reference, _ = fused(around(depthwise()))

@@ -127,9 +127,11 @@ def concatenated_batch_norm(
 
 def takes_depthwise(input: Tensor, weight: Tensor, groups: int) -> bool:
     """Whether native kernels compute `conv_batch_norm` of a depthwise convolution in one pass over memory: 2d, on the
-    CPU, in channels-last memory; not under `torch.compile`, which has convolutions of its own.
+    CPU, in channels-last memory; not under `torch.compile`, which has convolutions of its own, nor `torch.func`, which
+    has rules for PyTorch's.
     """
-    return not torch.compiler.is_compiling() and backends.takes_depthwise(input, weight, groups)
+    watched = torch.compiler.is_compiling() or eager.is_transforming()
+    return not watched and backends.takes_depthwise(input, weight, groups)
 
 
 def takes_concatenation(inputs: Sequence[Tensor]) -> bool:

@@ -170,7 +170,7 @@ def _differentiable_backward(ctx, dy, wanted):
         if not takes_output(activation):
             raise RuntimeError(
                 f"leannorm.conv_batch_norm with a residual and {activation} has no second derivative: it does not keep "
-                "the residual; use leannorm.fuse(model) without convolution=True"
+                "the residual; use leannorm.fuse(model, convolution=False)"
             )
         # act' is piecewise constant: the mask stands for the activation.
         dy, activation, parameters = definition.activation_backward(dy, at, activation, parameters), "", ()

@@ -92,6 +92,12 @@ def differentiable(
     return call
 
 
+def is_transforming() -> bool:
+    """Whether a transform of `torch.func` is at work, as far as PyTorch tells."""
+    ask = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return ask is None or ask()
+
+
 def kernel(name: str, x: Tensor, dy: Tensor | None = None) -> Callable[..., Any] | None:
     """Give the kernel of an operator for x, an ordinary tensor that is not traced, compiled, transformed or seen by a
     dispatch mode; None where the call must go through the dispatcher, also since the gradient is a batch of gradients.
