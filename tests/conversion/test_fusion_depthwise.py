@@ -119,7 +119,8 @@ def test_calls_that_the_kernels_do_not_take_compute_one_after_the_other(monkeypa
     said = leannorm.explain(contiguous, torch.randn(4, 3, 12, 12)).layers[1]
     assert said.operator == "batch norm + hardswish"
     assert "convolution + batch norm + hardswish in one operator, which this call does not fit" in str(said)
-    reflected = fused(around(depthwise(padding_mode="reflect")))[0]
+    reflected, _, report = fused(around(depthwise(padding_mode="reflect")))
+    assert convolved(report) == []
     assert operators(reflected, x.float()) == (0, 3)
     for twin in (model, reference):
         leannorm.convert(twin, leannorm.FullBatch())

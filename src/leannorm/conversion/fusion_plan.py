@@ -26,7 +26,7 @@ from leannorm.conversion.fusion_rules import (
 from leannorm.conversion.fusion_trace import UntraceableError, positional_parameters, trace
 from leannorm.nn import folding
 from leannorm.nn.batchnorm import SampledBatchNorm
-from leannorm.nn.fused import activation_step, end_of_steps, fused_class, is_free, is_observed
+from leannorm.nn.fused import activation_step, end_of_steps, fused_class, is_free, is_observed, layers_of
 from leannorm.nn.rewrite import Rewrite, children_of_containers
 
 
@@ -91,8 +91,8 @@ class Plan:
                 self.classes[module] = None
                 while after is not layer:  # Sequentials that begin with it
                     self.classes[after] = None
-                    after = _layers(after)[0]
-        layers = _layers(module)
+                    after = layers_of(after)[0]
+        layers = layers_of(module)
         for at, layer in enumerate(layers):
             if self._may_fold(layer):
                 reason = self._refusal(layers[at - 1] if at else None)
@@ -256,19 +256,15 @@ def is_sequential(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
-def _layers(sequential: nn.Module) -> list[nn.Module]:
-    return [layer for layer in sequential._modules.values() if layer is not None]
-
-
 def _pairs(sequential: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     """Give what is called one after the other."""
-    return pairwise(_layers(sequential))
+    return pairwise(layers_of(sequential))
 
 
 def _first_layer(module: nn.Module) -> SampledBatchNorm | None:
     """Give the layer that a module begins with, if nothing from outside sees what it is called with."""
     if is_sequential(module) and not is_observed(module):
-        layers = _layers(module)
+        layers = layers_of(module)
         return _first_layer(layers[0]) if layers else None
     return module if is_free(module) else None
 

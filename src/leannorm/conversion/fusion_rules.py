@@ -162,9 +162,7 @@ def match(call: fx.Node, modules: Mapping[str, nn.Module], taken: Set[fx.Node]) 
 
 def give_parts(graph: fx.Graph, concatenation: fx.Node) -> None:
     """Let a graph whose output is a concatenation give the parts instead where its last argument is true."""
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    with graph.inserting_after(placeholders[-1]):
-        apart = graph.placeholder("parts_stay_apart")
+    apart = _further_argument(graph, "parts_stay_apart")
     with graph.inserting_before(concatenation):
         joined = graph.call_function(join, (concatenation.args[0], apart))
     concatenation.replace_all_uses_with(joined)
@@ -194,9 +192,7 @@ def rewrite(graph: fx.Graph, matches: list[Match], tail: fx.Node | None, constan
                 graph.erase_node(node)
     if tail is not None:
         before = next((found.before for found in matches if found.call is tail), None)
-        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-        with graph.inserting_after(placeholders[-1]):
-            steps = graph.placeholder("steps_after_the_block")
+        steps = _further_argument(graph, "steps_after_the_block")
         with graph.inserting_before(tail):
             fused = _chain(graph, tail, steps, before)
         tail.replace_all_uses_with(fused)
@@ -206,6 +202,12 @@ def rewrite(graph: fx.Graph, matches: list[Match], tail: fx.Node | None, constan
     for node in graph.nodes:
         if node.target is chain and len(node.args) == 4 and _is_preactivation(node.args[1], node):
             node.args[1].target = preactivation
+
+
+def _further_argument(graph: fx.Graph, name: str) -> fx.Node:
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    with graph.inserting_after(placeholders[-1]):
+        return graph.placeholder(name)
 
 
 def _is_preactivation(value: Any, user: fx.Node) -> bool:

@@ -6,7 +6,7 @@ see `leannorm.ops.conv_batch_norm`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -78,13 +78,13 @@ def fold(module: nn.Module, layer: SampledBatchNorm, input: Tensor) -> Fold | No
     if not (layer.folds_convolution and layer.training) or refusal(module) is not None:
         return None
     assert isinstance(module, Foldable)
+    if layer.folds_convolution == NATIVELY and not _is_native(module, input):
+        return None
     dtype = _dtype(input)
     if input.ndim != module.weight.ndim or not (module.weight.dtype == dtype or _autocast(input)):
         return None
     shape = _shape(module, input)
     if any(size < 1 for size in shape):
-        return None
-    if layer.folds_convolution == NATIVELY and not _is_native(module, input):
         return None
     by_rows = memory_format(input, module.weight) == torch.contiguous_format
     regions = layer.statistics.regions(shape, layer.place, by_rows)
@@ -93,11 +93,7 @@ def fold(module: nn.Module, layer: SampledBatchNorm, input: Tensor) -> Fold | No
 
 def _is_native(module: Foldable, input: Tensor) -> bool:
     """Whether native kernels compute a convolution and the batch norm after it in one pass over memory."""
-    return (
-        isinstance(module, nn.Conv2d)
-        and module.padding_mode == "zeros"
-        and functional.takes_depthwise(input, module.weight, module.groups)
-    )
+    return is_depthwise(module) and functional.takes_depthwise(input, module.weight, module.groups)
 
 
 def is_observed(module: nn.Module) -> bool:
@@ -125,9 +121,11 @@ def refusal(module: object) -> str | None:
     return None
 
 
-def is_depthwise(module: object) -> bool:
-    """Whether a module is a 2d convolution of each channel by itself."""
-    return isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels == module.out_channels
+def is_depthwise(module: object) -> TypeGuard[nn.Conv2d]:
+    """Whether a module is a 2d convolution of each channel by itself, padded with zeros."""
+    if not isinstance(module, nn.Conv2d) or module.padding_mode != "zeros":
+        return False
+    return 1 < module.groups == module.in_channels == module.out_channels
 
 
 def refusal_of_statistics(statistics: Statistics) -> str | None:

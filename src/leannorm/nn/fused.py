@@ -198,7 +198,7 @@ class FusedSequential(Fused):
         """Apply the layers in their order, then the steps."""
         if is_traced(input) or (not self.training and not fused_steps):
             return super().forward(input)
-        layers = [layer for layer in self._modules.values() if layer is not None]
+        layers = layers_of(self)
         value, at = input, 0
         while at < len(layers):
             convolution = layers[at] if precedes_its_layer(layers, at) else None
@@ -223,11 +223,16 @@ def precedes_its_layer(layers: list[nn.Module], at: int) -> bool:
     return folding.refusal(layers[at]) is None
 
 
+def layers_of(sequential: nn.Module) -> list[nn.Module]:
+    """Give what a Sequential calls, in its order."""
+    return [layer for layer in sequential._modules.values() if layer is not None]
+
+
 def joins(module: nn.Module) -> TypeGuard[SampledBatchNorm | FusedSequential]:
     """Whether a module begins with a layer that can be called with the parts of a concatenation."""
     if isinstance(module, FusedSequential) and module.training and not is_observed(module):
-        first = next((layer for layer in module._modules.values() if layer is not None), None)
-        return first is not None and joins(first)
+        layers = layers_of(module)
+        return bool(layers) and joins(layers[0])
     return is_free(module)
 
 

@@ -14,7 +14,14 @@ KINDS: dict[str, type] = {"tensor": Tensor, "list": list}
 
 def kinds_of(arguments: tuple[Any, ...]) -> tuple[str, ...]:
     """Give the kind of each argument, "" for any other."""
-    return tuple(next((name for name, kind in KINDS.items() if isinstance(a, kind)), "") for a in arguments)
+    return tuple(map(_kind, arguments))
+
+
+def _kind(argument: object) -> str:
+    for name, kind in KINDS.items():
+        if isinstance(argument, kind):
+            return name
+    return ""
 
 
 @dataclass(frozen=True)

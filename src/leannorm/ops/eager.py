@@ -94,8 +94,7 @@ def differentiable(
 
 def is_transforming() -> bool:
     """Whether a transform of `torch.func` is at work, as far as PyTorch tells."""
-    ask = getattr(torch._C, "_are_functorch_transforms_active", None)
-    return ask is None or ask()
+    return not _known or torch._C._are_functorch_transforms_active()
 
 
 def kernel(name: str, x: Tensor, dy: Tensor | None = None) -> Callable[..., Any] | None:
