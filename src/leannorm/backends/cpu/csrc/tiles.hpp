@@ -40,17 +40,19 @@ struct Left {
   int64_t row_step, step;
 };
 
+// All arguments go in registers: a left matrix by way of the stack is written in halves and read as a whole, which waits
+// until every store before it has reached the cache.
 template <int kVecs, bool kAdd>
-__attribute__((noinline)) void multiply(int64_t depth, Left left, const float* panel, float* tile) {
+__attribute__((noinline)) void multiply(int64_t depth, const float* at, int64_t row_step, int64_t step,
+                                        const float* panel, float* tile) {
   Vec sums[kTileRows][kVecs]{};
-  const float* at = left.begin;
-  for (int64_t d = 0; d < depth; ++d, at += left.step, panel += kVecs * kLanes) {
+  for (int64_t d = 0; d < depth; ++d, at += step, panel += kVecs * kLanes) {
     Vec columns[kVecs];
 #pragma GCC unroll kTileVecs
     for (int v = 0; v < kVecs; ++v) columns[v] = load<Float32>(panel + v * kLanes, All{});
 #pragma GCC unroll kTileRows
     for (int r = 0; r < kTileRows; ++r) {
-      const Vec element = broadcast(at[r * left.row_step]);
+      const Vec element = broadcast(at[r * row_step]);
 #pragma GCC unroll kTileVecs
       for (int v = 0; v < kVecs; ++v) sums[r][v] = multiply_add(element, columns[v], sums[r][v]);
     }
@@ -66,11 +68,12 @@ __attribute__((noinline)) void multiply(int64_t depth, Left left, const float* p
 
 // A tile, kTileRows by the panel's width, or what is added to one.
 template <bool kAdd>
-void multiply(int64_t width, int64_t depth, Left left, const float* panel, float* tile) {
+inline __attribute__((always_inline)) void multiply(int64_t width, int64_t depth, Left left, const float* panel,
+                                                    float* tile) {
   switch (width / kLanes) {
-    case 1: return multiply<1, kAdd>(depth, left, panel, tile);
-    case 2: return multiply<2, kAdd>(depth, left, panel, tile);
-    case 3: return multiply<3, kAdd>(depth, left, panel, tile);
+    case 1: return multiply<1, kAdd>(depth, left.begin, left.row_step, left.step, panel, tile);
+    case 2: return multiply<2, kAdd>(depth, left.begin, left.row_step, left.step, panel, tile);
+    case 3: return multiply<3, kAdd>(depth, left.begin, left.row_step, left.step, panel, tile);
   }
 }
 
