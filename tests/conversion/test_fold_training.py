@@ -158,7 +158,7 @@ def test_revert_restores_classes_attributes_and_outputs():
 def test_fusing_again_without_the_convolution_takes_it_out():
     model, _, first = folded(residual_network())
     assert leannorm.fuse(model, convolution=True)[1] == first
-    leannorm.fuse(model)
+    leannorm.fuse(model, convolution=False)
     assert operators(model, IMAGES.float()) == (0, 9)
     assert not any("folds_convolution" in vars(module) for module in model.modules())
 

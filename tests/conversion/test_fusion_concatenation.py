@@ -169,7 +169,7 @@ def test_densenet(joined, source):
     model, reference, report = fused(small_densenet(), source)
     actions = {change.module: change.action for change in report.changes}
     assert actions["features.denseblock1.denselayer2.norm1"] == "concatenation + batch norm + relu"
-    assert actions["features.denseblock1.denselayer2.norm2"] == "batch norm + relu"
+    assert actions["features.denseblock1.denselayer2.norm2"] == "convolution + batch norm + relu"
     assert actions["features.transition1.norm"] == "concatenation + batch norm + relu"
     assert_same_training(model, reference, x)
     assert [shape[1] for shape in joined] == [16, 24, 32, 40, 20, 28, 36]

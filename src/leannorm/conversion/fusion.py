@@ -39,11 +39,11 @@ def fuse(
     The layer may also begin what follows in a Sequential on the block whose output the concatenation is.
 
     The convolution or linear layer before a BN layer can be computed in the same operator, so that its own output is
-    neither written nor kept for backward: unless told otherwise depthwise ones, which are bound by memory as BN is, so
-    that a native kernel takes little more for both than for either. That needs sampled statistics: the few sampled
-    outputs come first, and give the scale of the filters and the shift (`leannorm.functional.conv_batch_norm`). Where
-    a call does not fit (eval mode, frozen, exact statistics, hooks on the convolution) it computes as without. A
-    pointwise convolution between two layers (a DenseNet's bottleneck) is computed with both of them, where
+    neither written nor kept for backward: unless told otherwise where native kernels are faster so, which they are for
+    depthwise and pointwise (1x1) ones. That needs sampled statistics: the few sampled outputs come first, and give the
+    scale of the filters and the shift (`leannorm.functional.conv_batch_norm`). Where a call does not fit (eval mode,
+    frozen, exact statistics, hooks on the convolution) it computes as without. With ``convolution=True`` a pointwise
+    convolution between two layers (a DenseNet's bottleneck) is computed with both of them, where
     `leannorm.functional.preactivated_conv_batch_norm` can: nothing between them is written or kept.
 
     Args:
@@ -51,8 +51,9 @@ def fuse(
         example_inputs: the arguments of a call, a tensor or a tuple. With them the model's training outputs before and
             after are compared, and if they differ nothing is fused.
         convolution: compute the convolution before a BN layer in its operator too: True wherever it can be, None only
-            depthwise 2d ones, and those only in calls for which native kernels do both in one pass over memory (on a
-            CPU, in channels-last memory, not compiled), False none.
+            depthwise and pointwise 2d ones, and those only in calls for which native kernels are known to be faster (on
+            a CPU, in channels-last memory, not compiled; pointwise ones in float32 and with filters that are small
+            beside the maps), False none.
 
     Returns:
         The model, and a report of every BN layer: what its operator computes, or why it is left alone; with

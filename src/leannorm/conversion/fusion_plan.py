@@ -214,8 +214,8 @@ class Plan:
 
     def _refusal(self, module: nn.Module | None) -> str | None:
         """Give the reason why the batch norm after a module does not compute it, or None."""
-        if self.convolution is None and not folding.is_depthwise(module):
-            return "it is no depthwise convolution; leannorm.fuse(model, convolution=True) asks for others"
+        if self.convolution is None and not folding.may_pay(module):
+            return "it is neither depthwise nor pointwise; leannorm.fuse(model, convolution=True) asks for all"
         return folding.refusal(module)
 
     def _output(self, graph: fx.Graph, modules: dict[str, nn.Module]) -> fx.Node | None:

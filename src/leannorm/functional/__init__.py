@@ -9,10 +9,10 @@ from leannorm.functional.sampled import (
     batch_norm,
     concatenated_batch_norm,
     conv_batch_norm,
+    conv_batch_norm_pays,
     moments,
     snapshot,
     takes_concatenation,
-    takes_depthwise,
 )
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "batch_norm",
     "concatenated_batch_norm",
     "conv_batch_norm",
+    "conv_batch_norm_pays",
     "moments",
     "normalize",
     "normalize_by",
@@ -28,7 +29,6 @@ __all__ = [
     "scale_shift",
     "snapshot",
     "takes_concatenation",
-    "takes_depthwise",
     "takes_preactivated",
     "transform",
 ]

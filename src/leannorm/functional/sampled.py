@@ -125,13 +125,22 @@ def concatenated_batch_norm(
     return batch_norm(x, weight, bias, statistics=statistics, eps=eps, residual=residual, activation=activation)
 
 
-def takes_depthwise(input: Tensor, weight: Tensor, groups: int) -> bool:
-    """Whether native kernels compute `conv_batch_norm` of a depthwise convolution in one pass over memory: 2d, on the
-    CPU, in channels-last memory; not under `torch.compile`, which has convolutions of its own, nor `torch.func`, which
-    has rules for PyTorch's.
+def conv_batch_norm_pays(
+    input: Tensor,
+    conv_weight: Tensor,
+    dtype: torch.dtype,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int = 1,
+) -> bool:
+    """Whether native kernels compute `conv_batch_norm` in this dtype, and faster than one after the other for certain:
+    of depthwise convolutions, and in float32 of pointwise ones whose filters are small beside the maps; 2d, on the CPU,
+    in channels-last memory. Not under `torch.compile`, which has convolutions of its own, nor `torch.func`, which has
+    rules for PyTorch's.
     """
     watched = torch.compiler.is_compiling() or eager.is_transforming()
-    return not watched and backends.takes_depthwise(input, weight, groups)
+    return not watched and backends.convolution_pays(input, conv_weight, dtype, stride, padding, groups)
 
 
 def takes_concatenation(inputs: Sequence[Tensor]) -> bool:

@@ -78,9 +78,9 @@ def fold(module: nn.Module, layer: SampledBatchNorm, input: Tensor) -> Fold | No
     if not (layer.folds_convolution and layer.training) or refusal(module) is not None:
         return None
     assert isinstance(module, Foldable)
-    if layer.folds_convolution == NATIVELY and not _is_native(module, input):
-        return None
     dtype = _dtype(input)
+    if layer.folds_convolution == NATIVELY and not _pays(module, input, dtype):
+        return None
     if input.ndim != module.weight.ndim or not (module.weight.dtype == dtype or _autocast(input)):
         return None
     shape = _shape(module, input)
@@ -91,9 +91,16 @@ def fold(module: nn.Module, layer: SampledBatchNorm, input: Tensor) -> Fold | No
     return Fold(module, shape, dtype, regions) if regions.boxes and regions.inverse_count < 1 else None
 
 
-def _is_native(module: Foldable, input: Tensor) -> bool:
-    """Whether native kernels compute a convolution and the batch norm after it in one pass over memory."""
-    return is_depthwise(module) and functional.takes_depthwise(input, module.weight, module.groups)
+def _pays(module: Foldable, input: Tensor, dtype: torch.dtype) -> bool:
+    """Whether native kernels are faster with a convolution and the batch norm after it as one, without measuring."""
+    return may_pay(module) and functional.conv_batch_norm_pays(
+        input,
+        module.weight,
+        dtype,
+        stride=module.stride,
+        padding=[size for around in _around(module) for size in around],
+        groups=module.groups,
+    )
 
 
 def is_observed(module: nn.Module) -> bool:
@@ -121,11 +128,14 @@ def refusal(module: object) -> str | None:
     return None
 
 
-def is_depthwise(module: object) -> TypeGuard[nn.Conv2d]:
-    """Whether a module is a 2d convolution of each channel by itself, padded with zeros."""
+def may_pay(module: object) -> TypeGuard[nn.Conv2d]:
+    """Whether a module is such that native kernels may compute it and the batch norm after it as one: a depthwise or
+    pointwise 2d convolution, padded with zeros if at all.
+    """
     if not isinstance(module, nn.Conv2d) or module.padding_mode != "zeros":
         return False
-    return 1 < module.groups == module.in_channels == module.out_channels
+    depthwise = 1 < module.groups == module.in_channels == module.out_channels
+    return depthwise or (module.groups == 1 and module.kernel_size == (1, 1))
 
 
 def refusal_of_statistics(statistics: Statistics) -> str | None:

@@ -68,7 +68,8 @@ def preactivated(before: Preactivation, module: nn.Module, layer: SampledBatchNo
     if (
         not isinstance(module, nn.Conv2d)
         or folding.refusal(module) is not None
-        or not (layer.folds_convolution and layer.training and first.training and isinstance(first.target, Statistics))
+        or layer.folds_convolution is not True
+        or not (layer.training and first.training and isinstance(first.target, Statistics))
         or module.bias is not None
         or (module.kernel_size, module.stride, module.groups) != ((1, 1), (1, 1), 1)
         or module.padding not in ((0, 0), "valid", "same")

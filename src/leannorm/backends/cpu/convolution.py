@@ -7,6 +7,7 @@ products of matrices, whose kernels read x and write y, and in backward read dy,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -37,19 +38,36 @@ def plan(
 ) -> Any:
     """Give what the kernels know of a call, or None where they do not take it."""
     places, rest = tuple(stride), (tuple(boxes), tuple(weights), draw is not None)
-    if takes_depthwise(x, weight, groups):
+    if _takes_depthwise(x, weight, groups):
         return _depthwise(x.shape, weight.shape[2:], places, tuple(padding), tuple(dilation), *rest)
-    if not _takes(x, weight):
-        return None
-    if groups == 1 and not any(padding) and x.dtype is torch.float32 and takes_pointwise(weight):
+    if x.dtype is torch.float32 and _takes_filters(x, weight, padding, groups):
         return pointwise_plan(x.shape, len(weight), places, *rest)
     return None
 
 
-def takes_depthwise(x: Tensor, weight: Tensor, groups: int) -> bool:
-    """Whether the kernels take a depthwise convolution."""
+def pays(
+    x: Tensor, weight: Tensor, dtype: torch.dtype, stride: Sequence[int], padding: Sequence[int], groups: int
+) -> bool:
+    """Whether the kernels take a convolution that computes in this dtype, and the two as one are faster for certain.
+
+    Depthwise ones are. What pointwise ones save are passes over the maps; what they cost are passes over the filters,
+    which are packed, and whose gradient every thread adds up for itself.
+    """
+    if _takes_depthwise(x, weight, groups):
+        return True
+    if dtype is not torch.float32 or not _takes_filters(x, weight, padding, groups):
+        return False
+    positions = math.prod(-(-size // step) for size, step in zip(x.shape[2:], stride, strict=True))
+    return x.shape[0] * positions * (x.shape[1] + len(weight)) >= 2 * weight.numel()
+
+
+def _takes_depthwise(x: Tensor, weight: Tensor, groups: int) -> bool:
     few_taps = weight.shape[2:].numel() <= _MOST_TAPS
     return groups > 1 and groups == x.shape[1] == weight.shape[0] and few_taps and _takes(x, weight)
+
+
+def _takes_filters(x: Tensor, weight: Tensor, padding: Sequence[int], groups: int) -> bool:
+    return groups == 1 and not any(padding) and _takes(x, weight) and takes_pointwise(weight)
 
 
 def _takes(x: Tensor, weight: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""fuse: unless told otherwise, depthwise convolutions are computed with their batch norm by native kernels."""
+"""fuse: unless told otherwise, native kernels compute depthwise and pointwise convolutions with their batch norm."""
 
 import copy
 
@@ -22,12 +22,12 @@ def assert_same_training(model, twin, x) -> None:
 
 
 def around(middle: nn.Module) -> nn.Module:
-    """Put a convolution of 8 channels between two 1x1 convolutions, with batch norm after each."""
+    """Put a convolution of 8 channels between two of 3x3, with batch norm after each."""
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU6(inplace=True)),
+        nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU6(inplace=True)),
         nn.Sequential(middle, nn.BatchNorm2d(8), nn.Hardswish(inplace=True)),
-        nn.Conv2d(8, 4, 1, bias=False),
+        nn.Conv2d(8, 4, 3, padding=1, bias=False),
         nn.BatchNorm2d(4),
     )
 
@@ -49,6 +49,10 @@ def depthwise(**options) -> nn.Module:
     return nn.Conv2d(8, 8, 3, padding=1, groups=8, **options)
 
 
+def pointwise(**options) -> nn.Module:
+    return nn.Conv2d(8, 8, 1, **options)
+
+
 def fused(model, source=GRID, **options):
     model = model.to(memory_format=torch.channels_last)
     leannorm.convert(model, source)
@@ -62,10 +66,11 @@ def convolved(report) -> list[str]:
 
 
 @needs_kernels
-@pytest.mark.parametrize("middle", [depthwise, lambda: depthwise(bias=False), lambda: depthwise(stride=2)])
-def test_a_depthwise_convolution_and_no_other_is_computed_with_its_batch_norm(middle):
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"stride": 2}], ids=str)
+@pytest.mark.parametrize("kind", [depthwise, pointwise])
+def test_such_a_convolution_and_no_other_is_computed_with_its_batch_norm(kind, options):
     x = images(4, 3, 12, 12)
-    model, reference, report = fused(around(middle()), example_inputs=x)
+    model, reference, report = fused(around(kind(**options)), example_inputs=x)
     assert convolved(report) == ["1.1"]
     assert report.refusals == ()
     assert operators(model, x) == (1, 2)
@@ -74,9 +79,10 @@ def test_a_depthwise_convolution_and_no_other_is_computed_with_its_batch_norm(mi
 
 
 @needs_kernels
-def test_in_a_block():
+@pytest.mark.parametrize("kind", [depthwise, pointwise])
+def test_in_a_block(kind):
     x = images(4, 3, 12, 12)
-    model, reference, report = fused(Block(depthwise(bias=False)), example_inputs=x)
+    model, reference, report = fused(Block(kind(bias=False)), example_inputs=x)
     assert sorted(convolved(report)) == ["bn", "layers.1.1"]
     assert operators(model, x) == (2, 2)
     assert_same_training(model, reference, x)
@@ -90,9 +96,10 @@ def test_in_a_block():
     [
         lambda: nn.Conv2d(8, 8, 3, padding=1),
         lambda: nn.Conv2d(8, 8, 3, padding=1, groups=4),
-        lambda: nn.Conv2d(8, 8, 1),
+        lambda: nn.Conv2d(8, 8, 1, groups=4),
+        lambda: nn.Conv2d(8, 8, (1, 3), padding=(0, 1)),
     ],
-    ids=["dense", "grouped", "pointwise"],
+    ids=["dense", "grouped", "pointwise in groups", "a row"],
 )
 def test_others_are_left_to_whom_asks_for_them(middle):
     model, reference, report = fused(around(middle()))
@@ -134,6 +141,22 @@ def test_calls_that_the_kernels_do_not_take_compute_one_after_the_other(monkeypa
 
 
 @needs_kernels
+def test_pointwise_calls_that_do_not_pay_compute_one_after_the_other():
+    wide = nn.Sequential(nn.Conv2d(256, 128, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU())
+    model, reference, report = fused(wide)
+    assert convolved(report) == ["1"]
+    large, small = images(2, 256, 10, 10), images(2, 256, 9, 9)
+    assert (operators(model, large), operators(model, small)) == ((1, 0), (0, 1))  # 200 and 162 rows
+    assert_same_training(model, reference, small)
+    said = leannorm.explain(model, small).layers[0]
+    assert "convolution + batch norm + relu in one operator, which this call does not fit" in str(said)
+    padded, reference, _ = fused(around(pointwise(padding=1)))
+    x = images(4, 3, 12, 12)
+    assert operators(padded, x) == (0, 3)
+    assert_same_training(padded, reference, x)
+
+
+@needs_kernels
 def test_who_watches_the_convolution_sees_it():
     x, seen = images(4, 3, 12, 12), []
     model, reference, _ = fused(around(depthwise()))
@@ -155,11 +178,12 @@ def test_revert_and_another_fuse_forget_it():
 
 
 @needs_kernels
-def test_autocast_takes_it_too():
-    model, reference, _ = fused(around(depthwise()))
+@pytest.mark.parametrize(("kind", "convolutions"), [(depthwise, 1), (pointwise, 0)])
+def test_autocast(kind, convolutions):
+    model, reference, _ = fused(around(kind()))
     x = images(4, 3, 12, 12)
     with torch.autocast("cpu", torch.bfloat16):
-        assert operators(model, x) == (1, 2)
+        assert operators(model, x) == (convolutions, 3 - convolutions)
         found, wanted = model(x), reference(x)
     assert found.dtype == wanted.dtype == torch.bfloat16
     torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.05)
