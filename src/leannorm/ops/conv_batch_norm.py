@@ -35,6 +35,7 @@ from leannorm.ops import definition, eager
 from leannorm.ops.contract import accumulation_dtype, library, takes_output
 
 _CONVOLUTION = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups"
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _REST = "Tensor? draw, SymInt[] boxes, float[] weights, float eps, str activation, float[] parameters"
 
 
@@ -51,14 +52,20 @@ def output_shape(
 
 def memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
     """Give the memory format of the output: channels-last where the input or the weight is, as torch has it."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)
-    return last if _channels_last(x) or _channels_last(weight) else torch.contiguous_format
+    last = _LAST.get(x.ndim)
+    if last is None:
+        return torch.contiguous_format
+    return last if _channels_last(x, last) or _channels_last(weight, last) else torch.contiguous_format
 
 
-def _channels_last(x: Tensor) -> bool:
+def _channels_last(x: Tensor, last: torch.memory_format) -> bool:
     """Whether the channels lie closest in memory, also in a part of a tensor."""
-    strides = (x.stride(0), *x.stride()[2:], x.stride(1))
-    return not x.is_contiguous() and all(one >= other for one, other in pairwise(strides))
+    if x.is_contiguous():
+        return False
+    if x.is_contiguous(memory_format=last):  # as most are; the rest takes ten times as long
+        return True
+    batch, channel, *spatial = x.stride()
+    return all(one >= other for one, other in pairwise((batch, *spatial, channel)))
 
 
 def sampled_elements(boxes: Sequence[int], dimensions: int) -> list[int]:

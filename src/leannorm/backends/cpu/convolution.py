@@ -62,8 +62,9 @@ def pays(
 
 
 def _takes_depthwise(x: Tensor, weight: Tensor, groups: int) -> bool:
-    few_taps = weight.shape[2:].numel() <= _MOST_TAPS
-    return groups > 1 and groups == x.shape[1] == weight.shape[0] and few_taps and _takes(x, weight)
+    if not 1 < groups == x.shape[1] == weight.shape[0]:
+        return False
+    return weight.shape[2:].numel() <= _MOST_TAPS and _takes(x, weight)
 
 
 def _takes_filters(x: Tensor, weight: Tensor, padding: Sequence[int], groups: int) -> bool:
